@@ -1,7 +1,7 @@
 """What the bytes of a block-quantized weight mean, in the one layout that every product here reads.
 
-A GGUF block interleaves scales with quants, which no vector load likes. At load the parts of all blocks of a tensor are
-split into *planes*; scales keep the file's bits, quants are only moved. Every GGUF integer type is then the same formula
+A GGUF block interleaves scales with quants, which no vector load likes. At load the parts of all blocks of a tensor
+are split into *planes*; scales keep the file's bits, quants are only moved. Every GGUF integer type is then one formula
 
     weight[n, k] = scale[n, g] * (q[n, k] - offset) + minimum[n, g]         g = k // group
 
@@ -19,8 +19,8 @@ Order of quants. Within 32 consecutive elements e0 … e31, quad t is the four e
   j + 4, both ready for dp4a against int8 activations in their natural order.
 - ``words`` for 8 bits, int32 ``[N, K / 4]``: word t is quad t as four int8.
 - ``high`` for 5 bits, int32 ``[N, K / 32]``: ``(high >> t) & 0x01010101`` is the fifth bits of quad t (0 ≤ t < 8).
-- ``high`` for 6 bits, int32 ``[N, K / 16]``: for word w of a 32-block, ``(high >> 2 * t) & 0x03030303`` is the upper two
-  bits of quad 4w + t (0 ≤ t < 4).
+- ``high`` for 6 bits, int32 ``[N, K / 16]``: for word w of a 32-block, ``(high >> 2 * t) & 0x03030303`` is the upper
+  two bits of quad 4w + t (0 ≤ t < 4).
 """
 
 from __future__ import annotations
