@@ -1,0 +1,1 @@
+"""What layers keep between steps: its storage, its pages, its budget."""

@@ -1,0 +1,51 @@
+"""Full and windowed attention with grouped KV heads, RoPE and optional per-head norms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ostinato.kernels.attention import fused_decode_attention, prefill_attention
+from ostinato.kernels.rope import rope_append
+from ostinato.kv.paged import KVSpec, LayerKV
+from ostinato.layers.batch import Batch
+from ostinato.layers.linear import Linear, Norm
+from ostinato.layers.rope import Rope
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """``out(attention(rope(qkv(norm(h))))) + h``.
+
+    qkv: query, key and value rows of all heads in this order. window: tokens that a query sees, itself included; 0 for
+    all. scale: multiplies the dot products.
+    """
+
+    norm: Norm
+    qkv: Linear
+    out: Linear
+    rope: Rope
+    q_norm: Norm | None
+    k_norm: Norm | None
+    num_heads: int
+    spec: KVSpec
+    scale: float
+    window: int
+
+    def __call__(self, h: torch.Tensor, batch: Batch, kv: LayerKV, activation: torch.dtype) -> torch.Tensor:
+        """h: float32 [M, hidden] → float32 [M, hidden]; appends the keys and values of the rows to ``kv``."""
+        qkv = self.qkv(h, norm=self.norm, out_dtype=activation)
+        q_norm = self.q_norm.weight if self.q_norm is not None else None
+        k_norm = self.k_norm.weight if self.k_norm is not None else None
+        eps = self.q_norm.eps if self.q_norm is not None else 0.0
+        place = (self.rope.inv_freq, self.rope.factor, batch.positions, batch.slots, kv.page_table, kv.k, kv.v)
+        heads = (q_norm, k_norm, eps, self.num_heads, self.spec.num_kv_heads)
+        if batch.decode:
+            attended = fused_decode_attention(qkv, *place, *heads, scale=self.scale, window=self.window)
+        else:
+            q = rope_append(qkv, *place, *heads)
+            attended = prefill_attention(
+                q, kv.k, kv.v, kv.page_table, batch.slots, batch.positions, scale=self.scale, window=self.window
+            )
+        return self.out(attended, residual=h)

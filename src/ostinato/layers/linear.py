@@ -1,0 +1,179 @@
+"""Linear layers over every class of weight, with the norm before and the residual or gate after them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ostinato.kernels.block_linear import block_linear
+from ostinato.kernels.dense_linear import dense_linear
+from ostinato.kernels.gated import gated_activation
+from ostinato.quant.blocks import BlockWeight, dequantize, join_rows
+from ostinato.quant.cpu import CpuInt4Weight, CpuInt8Weight, pack_for_cpu
+
+Weight = torch.Tensor | BlockWeight | CpuInt4Weight | CpuInt8Weight
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """RMS norm. weight: float32 [K]; a zero-centred weight is stored with the one added."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        """x [M, K] → [M, K] of ``out_dtype``; the mean is taken in float32."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(out_dtype)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where weights go and how activations between ops are kept.
+
+    device: of weights and state. activation: dtype between ops: bfloat16, or float32 for the exact path, in which
+    quantized weights are dequantized to float32. The residual stream is float32 in both.
+    """
+
+    device: torch.device
+    activation: torch.dtype
+
+    @property
+    def exact(self) -> bool:
+        return self.activation == torch.float32
+
+    def place(self, weight: BlockWeight | torch.Tensor) -> Weight:
+        """The form of a matrix in which this target multiplies by it."""
+        if isinstance(weight, torch.Tensor):
+            return weight.to(self.device, self.activation).contiguous()
+        if self.exact:
+            return dequantize(weight.to(self.device))
+        if self.device.type == "cpu":
+            return pack_for_cpu(weight)
+        return weight.to(self.device)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: Weight,
+    *,
+    norm: Norm | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gated: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``f(norm(x) Wᵀ + bias) + residual``; dispatches on the class of the weight.
+
+    x: [M, K]. weight: N rows, K columns. gated: ``silu`` or ``gelu_tanh``: the rows are gate over up and the result is
+    ``act(gate) * up``, [M, N / 2]. residual: float32 [M, N]; the result is then float32. out_dtype: else x's dtype.
+    """
+    norm_weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
+    if isinstance(weight, BlockWeight):
+        return block_linear(
+            x,
+            weight,
+            norm=norm_weight,
+            eps=eps,
+            bias=bias,
+            residual=residual,
+            gated=gated,
+            out_dtype=out_dtype,
+        )
+    if isinstance(weight, torch.Tensor):
+        return dense_linear(
+            x,
+            weight,
+            norm=norm_weight,
+            eps=eps,
+            bias=bias,
+            residual=residual,
+            gated=gated,
+            out_dtype=out_dtype,
+        )
+    y = weight.product(norm(x, torch.bfloat16) if norm is not None else x.to(torch.bfloat16))
+    if bias is not None:
+        y = y + bias
+    if gated is not None:
+        y = gated_activation(y, gated)
+    if residual is not None:
+        return residual + y
+    return y if out_dtype is None else y.to(out_dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """Matrices that read the same input and whose outputs stand side by side, joined where their types are equal.
+
+    parts: weights of N1, N2, … rows over K columns. bias: float32 or activation dtype [N1 + N2 + …] or None.
+    """
+
+    parts: tuple[Weight, ...]
+    bias: torch.Tensor | None = None
+
+    @classmethod
+    def join(
+        cls, weights: Sequence[BlockWeight | torch.Tensor], target: Target, bias: torch.Tensor | None = None
+    ) -> Linear:
+        """Join neighbours of one type; a fusion changes no result, so unequal types stay apart."""
+        groups: list[list[BlockWeight | torch.Tensor]] = []
+        for weight in weights:
+            if groups and _joinable(groups[-1][-1], weight):
+                groups[-1].append(weight)
+            else:
+                groups.append([weight])
+        placed = tuple(target.place(_join(group)) for group in groups)
+        return cls(placed, None if bias is None else bias.to(target.device, torch.float32))
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        *,
+        norm: Norm | None = None,
+        residual: torch.Tensor | None = None,
+        gated: str | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """See ``linear``."""
+        if len(self.parts) == 1:
+            return linear(
+                x,
+                self.parts[0],
+                norm=norm,
+                bias=self.bias,
+                residual=residual,
+                gated=gated,
+                out_dtype=out_dtype,
+            )
+        y = torch.cat([linear(x, part, norm=norm, out_dtype=out_dtype) for part in self.parts], dim=-1)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        if gated is not None:
+            y = gated_activation(y, gated)
+        return y if residual is None else residual + y
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(weight_bytes(part) for part in self.parts)
+
+
+def weight_bytes(weight: Weight) -> int:
+    """Bytes that one product with ``weight`` reads."""
+    if isinstance(weight, torch.Tensor):
+        return weight.numel() * weight.element_size()
+    return weight.num_bytes
+
+
+def _joinable(a: BlockWeight | torch.Tensor, b: BlockWeight | torch.Tensor) -> bool:
+    if isinstance(a, BlockWeight) and isinstance(b, BlockWeight):
+        return a.kind == b.kind and a.shape[1] == b.shape[1]
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype == b.dtype
+
+
+def _join(group: Sequence[BlockWeight | torch.Tensor]) -> BlockWeight | torch.Tensor:
+    blocks = [w for w in group if isinstance(w, BlockWeight)]
+    if blocks:
+        return blocks[0] if len(blocks) == 1 else join_rows(blocks)
+    return torch.cat([w for w in group if isinstance(w, torch.Tensor)])

@@ -1,0 +1,1 @@
+"""Model families, one file each: config, weight map, what it keeps, forward."""
