@@ -161,7 +161,7 @@ def _copy(blocks: torch.Tensor, start: int, out: torch.Tensor) -> None:
 
 
 def _cut(blocks: torch.Tensor, start: int, length: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    """Bytes [start, start + length) of every block, as a fresh contiguous tensor [B, length / itemsize] of ``dtype``."""
+    """Bytes [start, start + length) of every block, as a fresh tensor [B, length / itemsize] of ``dtype``."""
     out = torch.empty(blocks.shape[0], length // dtype.itemsize, dtype=dtype, device=blocks.device)
     _copy(blocks, start, out)
     return out
