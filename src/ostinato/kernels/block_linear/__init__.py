@@ -1,0 +1,150 @@
+"""y = x Wᵀ for a block-quantized W, with the norm before it and bias, gate or residual after it in the same kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from ostinato.errors import KernelError
+from ostinato.kernels.block_linear.ref import block_linear_ref, default_dtype
+from ostinato.kernels.gated import GATES
+from ostinato.kernels.registry import register
+from ostinato.quant.blocks import KINDS, BlockWeight
+
+__all__ = ["block_linear", "check_linear"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def block_linear(
+    x: torch.Tensor,
+    weight: BlockWeight,
+    *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gated: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """residual + act(x̂ Wᵀ + bias), where x̂ is x or rms_norm(x, norm, eps).
+
+    x: [M, K] float32, bfloat16 or float16, rows of adjacent elements. weight: N rows of K columns.
+    norm: float32 [K]. bias: [N] of floats. residual: float32 [M, N], contiguous; it is not written.
+    gated: ``silu`` or ``gelu_tanh``: W holds F gate rows, then F up rows, and the result is act(gate) * up, [M, F].
+    Returns [M, N] (or [M, F]) of ``out_dtype``; default: the residual's dtype, else x's.
+
+    On a GPU few rows (M ≤ 8, more for small matrices) are rounded to int8 in groups of 32 columns, and more rows are
+    multiplied in bfloat16; sums are float32. On the CPU everything is float32. Raises KernelError.
+    """
+    check_linear("block_linear", x, weight.shape, weight.device, norm, bias, residual, gated)
+    dtype = out_dtype or default_dtype(x, residual)
+    if x.device.type == "cpu":
+        return block_linear_ref(
+            x, weight, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated, out_dtype=dtype
+        )
+    result: torch.Tensor = _block_linear(
+        x,
+        weight.words,
+        weight.d,
+        weight.high,
+        weight.m,
+        weight.sub_d,
+        weight.sub_m,
+        weight.kind.name,
+        norm,
+        eps,
+        bias,
+        residual,
+        gated,
+        dtype,
+    )
+    return result
+
+
+def check_linear(
+    op: str,
+    x: torch.Tensor,
+    shape: tuple[int, int],
+    device: torch.device,
+    norm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gated: str | None,
+) -> None:
+    """Raise KernelError unless the arguments fit a weight of ``shape`` [N, K] on ``device``."""
+    n, k = shape
+    if x.dim() != 2 or x.shape[1] != k or x.dtype not in FLOATS or (x.stride(1) != 1 and k > 1):
+        raise KernelError(
+            f"{op} takes x [M, {k}] of floats with adjacent columns for a weight {shape}, got {tuple(x.shape)}"
+            f" {x.dtype} with strides {x.stride()}"
+        )
+    if gated is not None and (gated not in GATES or n % 2):
+        raise KernelError(f"{op} takes gated = {' or '.join(GATES)} and an even number of rows, got {gated!r} and {n}")
+    if gated is not None and residual is not None:
+        raise KernelError(f"{op} takes either gated or residual, not both")
+    if norm is not None and (norm.shape != (k,) or norm.dtype != torch.float32 or not norm.is_contiguous()):
+        raise KernelError(f"{op} takes a float32 norm [{k}], got {tuple(norm.shape)} {norm.dtype}")
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOATS or not bias.is_contiguous()):
+        raise KernelError(f"{op} takes a bias [{n}] of floats, got {tuple(bias.shape)} {bias.dtype}")
+    if residual is not None and (
+        residual.shape != (x.shape[0], n) or residual.dtype != torch.float32 or not residual.is_contiguous()
+    ):
+        raise KernelError(
+            f"{op} takes a contiguous float32 residual [{x.shape[0]}, {n}], got"
+            f" {tuple(residual.shape)} {residual.dtype}"
+        )
+    for name, tensor in (("weight", device), ("norm", norm), ("bias", bias), ("residual", residual)):
+        found = tensor.device if isinstance(tensor, torch.Tensor) else tensor
+        if found is not None and found != x.device:
+            raise KernelError(f"{op}: x is on {x.device} and {name} on {found}: move them to one device")
+
+
+def _block_linear_cpu(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    d: torch.Tensor,
+    high: torch.Tensor | None,
+    m: torch.Tensor | None,
+    sub_d: torch.Tensor | None,
+    sub_m: torch.Tensor | None,
+    kind: str,
+    norm: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gated: str | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    weight = BlockWeight(KINDS[kind], (words.shape[0], x.shape[1]), words, d, high, m, sub_d, sub_m)
+    return block_linear_ref(
+        x, weight, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated, out_dtype=out_dtype
+    )
+
+
+def _block_linear_fake(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    d: torch.Tensor,
+    high: torch.Tensor | None,
+    m: torch.Tensor | None,
+    sub_d: torch.Tensor | None,
+    sub_m: torch.Tensor | None,
+    kind: str,
+    norm: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gated: str | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    rows = words.shape[0] if gated is None else words.shape[0] // 2
+    return x.new_empty((x.shape[0], rows), dtype=out_dtype)
+
+
+_block_linear = register(
+    "block_linear(Tensor x, Tensor words, Tensor d, Tensor? high, Tensor? m, Tensor? sub_d, Tensor? sub_m, str kind,"
+    " Tensor? norm, float eps, Tensor? bias, Tensor? residual, str? gated, ScalarType out_dtype) -> Tensor",
+    reference=_block_linear_cpu,
+    kernel="ostinato.kernels.block_linear.triton:block_linear",
+    fake=_block_linear_fake,
+)
