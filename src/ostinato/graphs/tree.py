@@ -36,19 +36,25 @@ def tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     return ((where, leaf) for where, leaf in leaves(tree, path) if isinstance(leaf, torch.Tensor))
 
 
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
-    """The same tree with every tensor replaced by ``function(tensor)``; host values are kept."""
+def map_tensors(
+    function: Callable[[torch.Tensor], torch.Tensor], tree: Any, *, keep: type | tuple[type, ...] = ()
+) -> Any:
+    """The same tree with every tensor replaced by ``function(tensor)``; host values and instances of ``keep`` stay."""
+    if isinstance(tree, keep):
+        return tree
     if isinstance(tree, torch.Tensor):
         return function(tree)
     if _tuple_names(tree):
-        return type(tree)(*(map_tensors(function, item) for item in tree))
+        return type(tree)(*(map_tensors(function, item, keep=keep) for item in tree))
     if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(function, item) for item in tree)
+        return type(tree)(map_tensors(function, item, keep=keep) for item in tree)
     if isinstance(tree, dict):
-        return {key: map_tensors(function, item) for key, item in tree.items()}
+        return {key: map_tensors(function, item, keep=keep) for key, item in tree.items()}
     if is_dataclass_value(tree):
-        changed = {f.name: map_tensors(function, getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.init}
-        return dataclasses.replace(tree, **changed)
+        fields = [field.name for field in dataclasses.fields(tree) if field.init]
+        return dataclasses.replace(
+            tree, **{name: map_tensors(function, getattr(tree, name), keep=keep) for name in fields}
+        )
     return tree
 
 

@@ -66,15 +66,21 @@ def compare_outputs(
     ``rtol`` / ``atol`` hold for floating-point tensors; without them each tensor gets :func:`default_tolerance`.
     Integers, booleans and host values must be equal. A NaN (or an infinity) equals the same one on the other side.
     """
-    expected_leaves, actual_leaves = dict(leaves(expected, path)), dict(leaves(actual, path))
-    for where in expected_leaves:
-        if where not in actual_leaves:
+    return compare_leaves(dict(leaves(expected, path)), dict(leaves(actual, path)), rtol=rtol, atol=atol)
+
+
+def compare_leaves(
+    expected: dict[str, Any], actual: dict[str, Any], *, rtol: float | None = None, atol: float | None = None
+) -> Mismatch | None:
+    """As :func:`compare_outputs`, for leaves that are already keyed by their path."""
+    for where in expected:
+        if where not in actual:
             return Mismatch(where, "structure", "eager returned it and the replay did not")
-    for where in actual_leaves:
-        if where not in expected_leaves:
+    for where in actual:
+        if where not in expected:
             return Mismatch(where, "structure", "the replay returned it and eager did not")
-    for where, want in expected_leaves.items():
-        mismatch = _compare_leaf(where, want, actual_leaves[where], rtol, atol)
+    for where, want in expected.items():
+        mismatch = _compare_leaf(where, want, actual[where], rtol, atol)
         if mismatch is not None:
             return mismatch
     return None
@@ -208,9 +214,9 @@ class StateSnapshot:
     tensors are kept alive. Copies live on the tensors' own device.
     """
 
-    def __init__(self, tree: Any) -> None:
+    def __init__(self, tree: Any, name: str = "state") -> None:
         unique: dict[tuple[Any, ...], tuple[str, torch.Tensor]] = {}
-        for path, tensor in tensors(tree, "state"):
+        for path, tensor in tensors(tree, name):
             view = tensor.detach()
             key = (view.device, view.data_ptr(), view.dtype, tuple(view.shape), view.stride())
             unique.setdefault(key, (path, view))
