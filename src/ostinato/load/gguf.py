@@ -6,10 +6,7 @@ back, so that host memory stays within the largest tensor however big the model 
 
 from __future__ import annotations
 
-import mmap
 import re
-import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +16,7 @@ import torch
 
 from ostinato.errors import GGUFError
 from ostinato.load.gguf_header import GGUFHeader, GGUFTensor, MetaValue, parse_header
+from ostinato.load.mapped import MappedFile
 from ostinato.quant.blocks import BlockWeight
 from ostinato.quant.gguf import pack
 
@@ -76,7 +74,7 @@ class GGUFFile:
         """The bytes of a tensor: uint8 [rows, bytes of a row], a view of the read-only mapping. Never write to it."""
         tensor = self._find(name)
         rows = tensor.num_elements // tensor.shape[-1]
-        return self._shards[tensor.shard].data[tensor.start : tensor.start + tensor.num_bytes].view(rows, -1)
+        return self._shards[tensor.shard].file.slice(tensor.start, tensor.num_bytes).view(rows, -1)
 
     def read(self, name: str, device: torch.device | str = "cpu") -> BlockWeight | torch.Tensor:
         """A tensor on ``device``, exactly as stored; its bytes are sent as they are and unpacked there.
@@ -86,7 +84,7 @@ class GGUFFile:
         """
         tensor = self._find(name)
         weight = pack(self.raw(name).to(device), tensor.kind, tensor.shape[-1])
-        self._shards[tensor.shard].release(tensor.start, tensor.num_bytes)
+        self._shards[tensor.shard].file.release(tensor.start, tensor.num_bytes)
         return weight if isinstance(weight, BlockWeight) else weight.view(tensor.shape)
 
     def _find(self, name: str) -> GGUFTensor:
@@ -97,31 +95,13 @@ class GGUFFile:
 
 
 class _Shard:
-    """One mapped file. The mapping lives as long as a view of it does."""
+    """One file of the model and its header."""
 
     def __init__(self, path: Path, number: int) -> None:
         self.path = path
         self.number = number
-        try:
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                if size < 4:
-                    raise GGUFError(f"{path} is not a GGUF file: it has {size} bytes")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise GGUFError(f"cannot read {path}: {error.strerror or error}") from error
-        self.header: GGUFHeader = parse_header(self._map, str(path), number)
-        with warnings.catch_warnings():
-            # A writable mapping would silence this warning, but Linux counts it against the memory of the machine,
-            # so that models larger than that could not be opened.
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            self.data = torch.frombuffer(self._map, dtype=torch.uint8)
-
-    def release(self, start: int, num_bytes: int) -> None:
-        """Give the pages of these bytes back to the system; they are read again if they are used again."""
-        if sys.platform == "linux":
-            first = start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, first, start + num_bytes - first)
+        self.file = MappedFile(path, GGUFError)
+        self.header: GGUFHeader = parse_header(self.file.buffer, str(path), number)
 
 
 def shard_paths(path: Path) -> list[Path]:

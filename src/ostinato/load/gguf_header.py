@@ -56,7 +56,8 @@ def parse_header(data: mmap.mmap | bytes, label: str, shard: int = 0) -> GGUFHea
     """
     cursor = _Cursor(data, label)
     if data[:4] != MAGIC:
-        raise GGUFError(f"{label} is not a GGUF file: it begins with {bytes(data[:4])!r} instead of b'GGUF'")
+        begins = f"it begins with {bytes(data[:4])!r} instead of {MAGIC!r}" if len(data) else "it is empty"
+        raise GGUFError(f"{label} is not a GGUF file: {begins}")
     cursor.position = 4
     version = cursor.u32()
     if version & 0xFFFF == 0 and version:
