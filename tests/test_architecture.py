@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "graphs": set(),
     "check": {"graphs"},
     "kernels": {"quant", "config"},
-    "kv": {"quant"},
+    "kv": {"kernels", "quant"},
     "sampling": {"kernels"},
     "layers": {"kernels", "quant", "kv"},
     "models": {"layers", "kv", "kernels", "quant"},

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ostinato.errors import MemoryBudgetError
+from ostinato.kernels.decode_attention import attention_counters
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,15 @@ class KVSpec:
 
 @dataclass(frozen=True, eq=False)
 class LayerKV:
-    """k, v: [num_pages, num_kv_heads, page_size, head_dim]. page_table: int32 [num_slots, pages_per_slot + 1]."""
+    """k, v: [num_pages, num_kv_heads, page_size, head_dim]. page_table: int32 [num_slots, pages_per_slot + 1].
+
+    counters: int32 zeros by which the programs of a decode kernel find out which of them is last.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
     page_table: torch.Tensor
+    counters: torch.Tensor
 
 
 class PagedKV:
@@ -57,6 +62,7 @@ class PagedKV:
         self.num_pages = 1 + num_slots * self.pages_per_slot
         self.dtype = dtype
         self.page_table = torch.zeros(num_slots, self.pages_per_slot + 1, dtype=torch.int32, device=device)
+        counters = attention_counters(num_slots, max(s.num_kv_heads for s in specs), device)
         self.layers = tuple(
             LayerKV(
                 *(
@@ -64,6 +70,7 @@ class PagedKV:
                     for _ in range(2)
                 ),
                 self.page_table,
+                counters,
             )
             for s in specs
         )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ostinato.kernels.attention import fused_decode_attention, prefill_attention
+from ostinato.kernels.decode_attention import fused_decode_attention
+from ostinato.kernels.prefill_attention import prefill_attention
 from ostinato.kernels.rope import rope_append
 from ostinato.kv.paged import KVSpec, LayerKV
 from ostinato.layers.batch import Batch
@@ -40,11 +41,31 @@ class Attention:
         k_norm = self.k_norm.weight if self.k_norm is not None else None
         eps = self.q_norm.eps if self.q_norm is not None else 0.0
         place = (self.rope.inv_freq, self.rope.factor, batch.positions, batch.slots, kv.page_table, kv.k, kv.v)
-        heads = (q_norm, k_norm, eps, self.num_heads, self.spec.num_kv_heads)
         if batch.decode:
-            attended = fused_decode_attention(qkv, *place, *heads, scale=self.scale, window=self.window)
+            attended = fused_decode_attention(
+                qkv,
+                *place,
+                q_norm,
+                k_norm,
+                eps,
+                num_heads=self.num_heads,
+                num_kv_heads=self.spec.num_kv_heads,
+                scale=self.scale,
+                window=self.window,
+                counters=kv.counters,
+                # The embedding starts a step with a full dependency, and positions advance at the step's end alone.
+                prefetch=True,
+            )
         else:
-            q = rope_append(qkv, *place, *heads)
+            q = rope_append(
+                qkv,
+                *place,
+                q_norm,
+                k_norm,
+                eps,
+                num_heads=self.num_heads,
+                num_kv_heads=self.spec.num_kv_heads,
+            )
             attended = prefill_attention(
                 q, kv.k, kv.v, kv.page_table, batch.slots, batch.positions, scale=self.scale, window=self.window
             )
