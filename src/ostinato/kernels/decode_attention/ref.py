@@ -1,0 +1,90 @@
+"""Attention of one query per slot over a paged cache in plain PyTorch; on a CPU this is the product's own path."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ostinato.kernels.rope.ref import rope_append_ref
+
+
+def cache_span(cache: torch.Tensor, pages: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Positions start … stop - 1 of the slot that owns ``pages`` [P], as [Hkv, stop - start, D].
+
+    A view where one page holds them all, as when a slot has a single page; else a copy.
+    """
+    page_size = cache.shape[2]
+    first, last = start // page_size, (stop - 1) // page_size
+    if first == last:
+        return cache[int(pages[first]), :, start - first * page_size : stop - first * page_size]
+    joined = cache[pages[first : last + 1].long()].transpose(0, 1).flatten(1, 2)
+    return joined[:, start - first * page_size : stop - first * page_size]
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """softmax(softcap * tanh(q kᵀ scale / softcap)) v; q [Hkv, N, D], k and v [Hkv, L, D], mask bool [N, L].
+
+    softcap 0 means none. Mixed dtypes are computed in float32. Returns [Hkv, N, D] in q's dtype.
+    """
+    dtype = q.dtype
+    if k.dtype != dtype:
+        q, k, v = q.float(), k.float(), v.float()
+    if softcap == 0.0:
+        out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0]
+        return out.to(dtype)
+    scores = torch.tanh(torch.matmul(q.float(), k.float().transpose(1, 2)) * (scale / softcap)) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.matmul(torch.softmax(scores, -1), v.float()).to(dtype)
+
+
+def decode_attention_ref(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """Row b attends to positions max(0, p - window + 1) … p of its slot, p = positions[b]; returns [B, Hq * D]."""
+    batch, heads, dim = q.shape
+    kv_heads = k_cache.shape[1]
+    grouped = q.view(batch, kv_heads, heads // kv_heads, dim)
+    rows = []
+    for b, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        start = max(0, position - window + 1) if window else 0
+        k = cache_span(k_cache, page_table[slot], start, position + 1)
+        v = cache_span(v_cache, page_table[slot], start, position + 1)
+        rows.append(attend(grouped[b], k, v, scale, softcap, None).reshape(heads * dim))
+    return rows[0][None] if batch == 1 else torch.stack(rows)
+
+
+def fused_decode_attention_ref(
+    qkv: torch.Tensor,
+    inv_freq: torch.Tensor,
+    rope_scale: float,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    page_table: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """rope_append_ref, then decode_attention_ref."""
+    q = rope_append_ref(
+        qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps,
+        num_heads, num_kv_heads,
+    )  # fmt: skip
+    return decode_attention_ref(q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap)

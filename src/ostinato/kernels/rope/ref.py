@@ -1,0 +1,92 @@
+"""Rotary embedding, per-head norms and the append to a paged cache in plain PyTorch."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+
+class _Tables:
+    """Cosines and signed sines of one ``inv_freq``, for positions 0 … n - 1; n grows by doubling."""
+
+    def __init__(self, inv_freq: torch.Tensor, rope_scale: float) -> None:
+        self.owner = weakref.ref(inv_freq)
+        self.rope_scale = rope_scale
+        self.cos = self.sin = torch.empty(0, 2 * inv_freq.numel(), device=inv_freq.device)
+
+    def grow(self, inv_freq: torch.Tensor, num_positions: int) -> None:
+        size = max(256, 1 << (num_positions - 1).bit_length())
+        angle = torch.arange(size, dtype=torch.float32, device=inv_freq.device)[:, None] * inv_freq
+        cos, sin = angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
+        self.cos, self.sin = torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
+
+
+_TABLES: dict[tuple[int, float], _Tables] = {}
+
+
+def _rope_tables(inv_freq: torch.Tensor, rope_scale: float, num_positions: int) -> _Tables:
+    key = (id(inv_freq), rope_scale)
+    tables = _TABLES.get(key)
+    if tables is None or tables.owner() is not inv_freq:
+        for stale in [k for k, t in _TABLES.items() if t.owner() is None]:
+            del _TABLES[stale]
+        tables = _TABLES[key] = _Tables(inv_freq, rope_scale)
+    if tables.cos.shape[0] < num_positions:
+        tables.grow(inv_freq, num_positions)
+    return tables
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [M, H, D] float32; cos, sin [M, 1, R]: the first R of each head turn, half against half, the rest stays."""
+    rotary = cos.shape[-1]
+    turned = x if rotary == x.shape[-1] else x[..., :rotary]
+    swapped = turned.roll(rotary // 2, -1)  # (x2, x1): by half of R, both directions agree
+    turned = torch.addcmul(turned * cos, swapped, sin)
+    return turned if rotary == x.shape[-1] else torch.cat((turned, x[..., rotary:]), -1)
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    if weight is None:
+        return x
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def rope_append_ref(
+    qkv: torch.Tensor,
+    inv_freq: torch.Tensor,
+    rope_scale: float,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    page_table: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+) -> torch.Tensor:
+    """Norm and turn q and k in float32, write k and v of each row into the cache, return q [M, Hq, D].
+
+    The tables of cosines are kept for as long as ``inv_freq`` lives, since on a CPU this runs once a layer and token.
+    """
+    m, page_size, dim = qkv.shape[0], k_cache.shape[2], k_cache.shape[3]
+    heads = qkv.view(m, num_heads + 2 * num_kv_heads, dim)
+    qk = heads[:, : num_heads + num_kv_heads].float()
+    if q_norm is not None or k_norm is not None:
+        qk = torch.cat((_norm(qk[:, :num_heads], q_norm, eps), _norm(qk[:, num_heads:], k_norm, eps)), 1)
+    if m == 1:
+        position = int(positions)
+        tables = _rope_tables(inv_freq, rope_scale, position + 1)
+        turned = _rotate(qk, tables.cos[position], tables.sin[position])
+        page = int(page_table[int(slots), position // page_size])
+        k_cache[page, :, position % page_size] = turned[0, num_heads:]
+        v_cache[page, :, position % page_size] = heads[0, num_heads + num_kv_heads :]
+    else:
+        tables = _rope_tables(inv_freq, rope_scale, int(positions.max()) + 1)
+        turned = _rotate(qk, tables.cos[positions, None], tables.sin[positions, None])
+        pages, offsets = page_table[slots, positions // page_size], positions % page_size
+        k_cache[pages, :, offsets] = turned[:, num_heads:].to(k_cache.dtype)
+        v_cache[pages, :, offsets] = heads[:, num_heads + num_kv_heads :].to(v_cache.dtype)
+    return turned[:, :num_heads].to(qkv.dtype).contiguous()
