@@ -63,17 +63,12 @@ class PagedKV:
         self.dtype = dtype
         self.page_table = torch.zeros(num_slots, self.pages_per_slot + 1, dtype=torch.int32, device=device)
         counters = attention_counters(num_slots, max(s.num_kv_heads for s in specs), device)
-        self.layers = tuple(
-            LayerKV(
-                *(
-                    torch.zeros(self.num_pages, s.num_kv_heads, page_size, s.head_dim, dtype=dtype, device=device)
-                    for _ in range(2)
-                ),
-                self.page_table,
-                counters,
-            )
-            for s in specs
-        )
+
+        def storage(spec: KVSpec) -> torch.Tensor:
+            shape = (self.num_pages, spec.num_kv_heads, page_size, spec.head_dim)
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.layers = tuple(LayerKV(storage(s), storage(s), self.page_table, counters) for s in specs)
         # Lowest pages first, so that a lone sequence lies in one run of memory.
         self._free = list(range(self.num_pages - 1, 0, -1))
         self._owned: list[list[int]] = [[] for _ in range(num_slots)]
