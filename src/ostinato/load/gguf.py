@@ -20,7 +20,8 @@ from ostinato.load.mapped import MappedFile
 from ostinato.quant.blocks import BlockWeight
 from ostinato.quant.gguf import pack
 
-_SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+# How the files of a split model are called.
+SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 T = TypeVar("T", int, float, bool, str)
 
@@ -106,7 +107,7 @@ class _Shard:
 
 def shard_paths(path: Path) -> list[Path]:
     """All files of the model that ``path`` belongs to, in order. Raises GGUFError that names those that are missing."""
-    match = _SHARD_NAME.fullmatch(path.name)
+    match = SHARD_NAME.fullmatch(path.name)
     if match is None:
         return [path]
     count, number = int(match["count"]), int(match["number"])
