@@ -52,6 +52,11 @@ class Runner:
         self._buckets: Buckets[CapturedCallable | EagerCallable] = Buckets(bucket_sizes(num_slots), self._build)
         self.num_replays = 0
 
+    @property
+    def is_synchronous(self) -> bool:
+        """Whether a step is over when its launch returns."""
+        return self.device.type == "cpu"
+
     @contextlib.contextmanager
     def on_stream(self) -> Iterator[None]:
         """Everything of this runner happens on one stream, in order, without gradients."""

@@ -56,7 +56,8 @@ class Scheduler:
     def step(self) -> list[TokenEvent]:
         """Advance everything by one step; returns the tokens that came back (possibly none)."""
         self._admit()
-        self._prefill_chunk()
+        if self._prefill_chunk() and self.runner.is_synchronous:
+            return self._collect(wait=False)  # the first token is here: a decode step would only delay it
         launched = self._launch()
         return self._collect(wait=not launched)
 
@@ -101,8 +102,8 @@ class Scheduler:
             self.runner.admit(slot, request.params, request.prompt, stop_ids, need)
             self._running[slot] = sequence
 
-    def _prefill_chunk(self) -> None:
-        """One chunk of the oldest sequence that still has some prompt to run."""
+    def _prefill_chunk(self) -> bool:
+        """One chunk of the oldest sequence that still has some prompt to run; whether that drew its first token."""
         for sequence in self._running.values():
             prompt, start = sequence.request.prompt, sequence.prefilled
             if start == len(prompt):
@@ -112,7 +113,8 @@ class Scheduler:
             self.runner.prefill(sequence.slot, prompt[start:stop], start, draw=draw, remaining=sequence.limit)
             sequence.prefilled = stop
             sequence.launched += draw
-            return
+            return draw
+        return False
 
     def _launch(self) -> bool:
         """Launch a decode step if some sequence still has tokens to draw and no result is too far behind."""

@@ -109,8 +109,8 @@ def _yarn(config: RopeConfig) -> Rope:
     factor = float(p["factor"])
     attention = p.get("attention_factor")
     if attention is None:
-        mscale, mscale_all = p.get("mscale"), p.get("mscale_all_dim")
-        both = bool(mscale and mscale_all)
+        mscale, mscale_all = float(p.get("mscale") or 0), float(p.get("mscale_all_dim") or 0)
+        both = mscale and mscale_all
         attention = _mscale(factor, mscale) / _mscale(factor, mscale_all) if both else _mscale(factor)
 
     def dim_of(rotations: float) -> float:

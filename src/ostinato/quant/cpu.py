@@ -14,6 +14,10 @@ import torch
 from ostinato.quant.blocks import BlockWeight, dequantize, quants, scales
 
 
+_int4_product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+_int8_product = torch.ops.aten._weight_int8pack_mm.default
+
+
 @dataclass(frozen=True, eq=False)
 class CpuInt4Weight:
     """packed: uint8, PyTorch's private order. scales_zeros: bfloat16 [K / group, N, 2]. shape: (N, K)."""
@@ -29,7 +33,8 @@ class CpuInt4Weight:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x bfloat16 [M, K] → bfloat16 [M, N]."""
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scales_zeros)
+        result: torch.Tensor = _int4_product(x, self.packed, self.group, self.scales_zeros)
+        return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +51,8 @@ class CpuInt8Weight:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x bfloat16 [M, K] → bfloat16 [M, N]."""
-        return torch.ops.aten._weight_int8pack_mm(x, self.q, self.scale)
+        result: torch.Tensor = _int8_product(x, self.q, self.scale)
+        return result
 
 
 CpuWeight = CpuInt4Weight | CpuInt8Weight

@@ -1,0 +1,109 @@
+"""One memory budget, worked out before anything is loaded: weights, KV, sampler and scratch against what is free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ostinato.errors import MemoryBudgetError
+from ostinato.load.source import TensorInfo
+from ostinato.models.interface import Family
+from ostinato.quant.blocks import KINDS
+
+_MiB = 1 << 20
+_SCRATCH_BYTES = 256 * _MiB  # activations of a prefill chunk, graph pools, the CUDA libraries' workspaces
+_MAX_DEFAULT_CONTEXT = 32768
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes that a model needs on its device. free_bytes: what was free there before loading."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    sampler_bytes: int
+    scratch_bytes: int
+    free_bytes: int
+    context: int
+    num_slots: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.kv_bytes_per_token * self.context * self.num_slots
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.sampler_bytes + self.scratch_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"weights {_size(self.weight_bytes)}, KV {_size(self.kv_bytes)} for {self.num_slots} × {self.context} "
+            f"tokens, sampler and scratch {_size(self.sampler_bytes + self.scratch_bytes)}, "
+            f"{_size(self.free_bytes)} free"
+        )
+
+
+def plan_memory(
+    family: Family,
+    tensors: Mapping[str, TensorInfo],
+    *,
+    activation: torch.dtype,
+    kv_dtype: torch.dtype,
+    context: int | None,
+    num_slots: int,
+    free_bytes: int,
+) -> MemoryBudget:
+    """The budget of a model at ``context`` tokens a slot; without one, at its own, up to 32768 and to what fits.
+
+    Raises MemoryBudgetError, which names the largest context or batch that would fit.
+    """
+    weights = sum(device_bytes(info, activation) for info in tensors.values())
+    per_token = sum(spec.bytes_per_token(kv_dtype) for spec in family.kv_specs)
+    sampler = 8 * family.vocab_size * num_slots
+    room = free_bytes - weights - sampler - _SCRATCH_BYTES
+    fits = max(room, 0) // (per_token * num_slots)
+    wanted = context if context is not None else min(family.max_context, _MAX_DEFAULT_CONTEXT, fits)
+    budget = MemoryBudget(weights, per_token, sampler, _SCRATCH_BYTES, free_bytes, wanted, num_slots)
+    if room <= 0:
+        raise MemoryBudgetError(
+            f"the weights need {_size(weights + sampler + _SCRATCH_BYTES)} with scratch and {_size(free_bytes)} are "
+            "free; use a smaller or more strongly quantized model"
+        )
+    if budget.total_bytes > free_bytes or wanted < 1:
+        raise MemoryBudgetError(
+            f"a context of {wanted} for {num_slots} sequence(s) does not fit: {budget}; "
+            f"--context {fits} would fit" + (f", or a smaller batch than {num_slots}" if num_slots > 1 else "")
+        )
+    return budget
+
+
+def device_bytes(info: TensorInfo, activation: torch.dtype) -> int:
+    """Bytes of a stored tensor once it is in the form that products read."""
+    kind = KINDS.get(info.type_name)
+    count = info.num_elements
+    if kind is None or activation == torch.float32:
+        return count * (4 if len(info.shape) < 2 else activation.itemsize)
+    planes = 1 if kind.min_sign == 0 else 2
+    sub = planes * count // kind.group if kind.has_sub else 0
+    return count * kind.bits // 8 + 2 * planes * count // kind.super_group + sub
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a program may still take on ``device``."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _size(num_bytes: int) -> str:
+    gib = num_bytes / (1 << 30)
+    return f"{gib:.2f} GiB" if gib >= 1 else f"{num_bytes / _MiB:.0f} MiB"
