@@ -125,6 +125,8 @@ class CapturedCallable:
         self.stream.synchronize()
         self._launch = self._refuse_closed
         self._graph.reset()
+        assert self._pool is not None
+        self._pool.release()
         self._graph = self._inputs = self._outputs = self._pool = None
         self._keep_alive = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,7 +124,7 @@ class _Capture:
         self.state_keys = self._keys(state) | self._keys(outputs)
         self.writable = self.state_keys | inputs.storages()
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
-        self.captured: CapturedCallable | None = None
+        self.holds_pool = False
         self.warm: list[OpTrace] = []
         self.trace = self._new_trace(enforce=True)
         self.outputs: Any = None
@@ -190,8 +191,9 @@ class _Capture:
         before = self.pool.memory_bytes
         started = time.perf_counter()
         error: Exception | None = None
+        self.holds_pool = True
         # Thread-local: other threads (a server's) may go on allocating while this one captures.
-        self.graph.capture_begin(pool=self.pool.handle, capture_error_mode="thread_local")
+        self.graph.capture_begin(pool=self.pool.acquire(), capture_error_mode="thread_local")
         try:
             self.outputs = self.trace.run(self._call)
         except Exception as raised:
@@ -203,17 +205,37 @@ class _Capture:
             error = CaptureViolation(*self.trace.violations[0])
         if error is not None or end_error is not None:
             self._refuse_error(error or end_error)
+        if count_nodes(self.graph.raw_cuda_graph()) == 0:
+            self._refuse("the function", None, "it does nothing on this device's stream", "capture work for the device")
         self.graph.instantiate()
         self.milliseconds["capture"] = 1e3 * (time.perf_counter() - started)
         self.memory_bytes = max(0, self.pool.memory_bytes - before)
 
     def _end_capture(self) -> RuntimeError | None:
         """CUDA's own verdict, which after a failure inside is only "something failed before"."""
-        try:
-            self.graph.capture_end()
-        except RuntimeError as error:
-            return error
+        with warnings.catch_warnings():
+            # An empty graph is reported as an error of its own, or has one already.
+            warnings.simplefilter("ignore")
+            try:
+                self.graph.capture_end()
+            except RuntimeError as error:
+                self._free_generators()
+                return error
         return None
+
+    def _free_generators(self) -> None:
+        """A capture that CUDA ended leaves the generators believing that they are in it: end one well."""
+        graph, scratch = torch.cuda.CUDAGraph(), torch.zeros(1, device=self.device)
+        for generator in self.registered:
+            graph.register_generator_state(generator)
+        self.pool.stream.synchronize()
+        try:
+            graph.capture_begin(capture_error_mode="thread_local")
+            scratch.add_(1)
+            graph.capture_end()
+            graph.reset()
+        except RuntimeError as error:
+            _LOG.warning("%s: random generators may be unusable after the refused capture: %s", self.label, error)
 
     def _refuse_error(self, error: Exception | None) -> None:
         """Turns whatever ended the capture into the one error that names its cause."""
@@ -279,6 +301,7 @@ class _Capture:
         started = time.perf_counter()
         rtol, atol = (None, None) if tolerance is None else (tolerance.rtol, tolerance.atol)
         own = [tensor for _, tensor in tensors(self.outputs) if self.trace.is_born_here(tensor)]
+        own += [tensor for _, tensor in tensors(self.declared_outputs)]
         for index in range(NUM_VERIFIED_REPLAYS):
             self._reset()
             values = fresh_inputs(index)
@@ -373,6 +396,8 @@ class _Capture:
         self.pool.stream.synchronize()
         self.outputs = None
         self.graph.reset()
+        if self.holds_pool:
+            self.pool.release()
 
     def restore(self) -> None:
         """Leaves inputs, state and random generators as they were before the capture."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -49,19 +49,19 @@ class CaptureStream:
 
     def is_current(self) -> bool:
         """Whether the device's current stream is this one."""
-        return int(torch.cuda.current_stream(self.device).cuda_stream) == self.raw
+        return int(torch._C._cuda_getCurrentRawStream(self.index)) == self.raw
 
     def wait_for_current(self) -> None:
         """What is queued on the device's current stream finishes before what is queued here from now on."""
         if not self.is_current():
-            self._before.record(torch.cuda.current_stream(self.device))
+            self._before.record(torch.cuda.current_stream(self.index))
             self.stream.wait_event(self._before)
 
     def signal_current(self) -> None:
         """What is queued here finishes before what is queued on the device's current stream from now on."""
         if not self.is_current():
             self._after.record(self.stream)
-            torch.cuda.current_stream(self.device).wait_event(self._after)
+            torch.cuda.current_stream(self.index).wait_event(self._after)
 
     def synchronize(self) -> None:
         """The host waits for this stream."""
@@ -91,10 +91,22 @@ class GraphPool:
     def __init__(self, device: torch.device | str | int | None = None) -> None:
         self.stream = CaptureStream(device)
         self.device = self.stream.device
-        self.handle = torch.cuda.graph_pool_handle()
+        self._handle = torch.cuda.graph_pool_handle()
+        self._num_graphs = 0
+
+    def acquire(self) -> Any:
+        """The handle to capture into; a graph that takes it gives it back with :meth:`release`."""
+        self._num_graphs += 1
+        return self._handle
+
+    def release(self) -> None:
+        """One graph fewer. PyTorch retires a handle with its last graph, so the next one gets a new handle."""
+        self._num_graphs -= 1
+        if self._num_graphs == 0:
+            self._handle = torch.cuda.graph_pool_handle()
 
     @property
     def memory_bytes(self) -> int:
         """Bytes that the pool holds on its device: scratch and outputs of all its graphs."""
-        segments = torch.cuda.memory_snapshot(self.handle)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self.handle))
+        segments = torch.cuda.memory_snapshot(self._handle)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self._handle))

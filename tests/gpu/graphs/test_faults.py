@@ -158,12 +158,23 @@ def test_06_shapes_that_depend_on_data() -> None:
 def test_07_python_numbers_written_into_buffers() -> None:
     buffer, position = torch.zeros(8, device=CUDA), [0]
 
-    def step(x: torch.Tensor) -> torch.Tensor:
-        position[0] += 1
-        buffer[0] = float(position[0])  # the line
+    def one(x: torch.Tensor) -> torch.Tensor:
+        buffer[0] = 5.0  # the line
         return x + buffer[0]
 
-    _refused(step, "the line", "in one call and", "device tensor", state=buffer)
+    def several(x: torch.Tensor) -> torch.Tensor:
+        position[0] += 1
+        buffer[0:2] = float(position[0])  # the line
+        return x + buffer[0]
+
+    def indexed(x: torch.Tensor) -> torch.Tensor:
+        position[0] = (position[0] + 1) % 8
+        buffer[position[0]].copy_(x[0, 0])  # the line
+        return x + buffer
+
+    _refused(one, "the line", "ordinary host memory", "StaticBuffers.fill", state=buffer)
+    _refused(several, "the line", "in one call and", "device tensor", state=buffer)
+    _refused(indexed, "the line", "in one call and", "device tensor", state=buffer)
 
     def fills(b: Buffers) -> torch.Tensor:
         b.fill("tokens", 3)
