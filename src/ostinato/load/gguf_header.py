@@ -86,7 +86,7 @@ def parse_header(data: mmap.mmap | bytes, label: str, shard: int = 0) -> GGUFHea
         if name in tensors:
             raise GGUFError(f"{label} has tensor {name!r} twice")
         if offset % alignment:
-            raise GGUFError(f"{label}: tensor {name} is not aligned to {alignment} bytes (offset {offset})")
+            raise GGUFError(f"{label}: tensor {name!r} is not aligned to {alignment} bytes (offset {offset})")
         num_bytes = kind.row_bytes(shape[-1])
         for size in shape[:-1]:
             num_bytes *= size

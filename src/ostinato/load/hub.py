@@ -170,8 +170,8 @@ def _one_line_errors(source: HubSource) -> Iterator[None]:
         raise DownloadError(f"{source.repo!r} is no hub id: {_first_line(error)}") from error
     except Exception as error:  # errors of the HTTP and Xet clients come through huggingface_hub as they are
         raise DownloadError(
-            f"cannot download {source.reference} from the hub: {_first_line(error)}; check the network and try again "
-            "(it resumes)"
+            f"cannot download {source.reference} from the hub ({_first_line(error)}), and there is no such path here; "
+            "check the network and try again, it resumes"
         ) from error
 
 
