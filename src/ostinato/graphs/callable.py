@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -147,7 +148,8 @@ class EagerCallable:
 
     For the CPU, and for measuring a graph against eager. It is asked for by name and never taken in place of a graph.
     ``outputs`` (optional) are buffers into which the results are copied, as in ``capture``; without them
-    :attr:`outputs` is whatever the last call returned, and None before the first.
+    :attr:`outputs` is whatever the last call returned, and None before the first. ``stream`` is a context that does
+    nothing: eager work runs on the current stream.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class EagerCallable:
     ) -> None:
         self.name = name or callable_name(fn)
         self.num_replays = 0
+        self.stream: AbstractContextManager[None] = nullcontext()
         self._fn: Callable[..., Any] | None = fn
         self._inputs: StaticInputs | None = StaticInputs(example_inputs, device)
         self.device = self._inputs.device

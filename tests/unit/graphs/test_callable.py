@@ -26,7 +26,8 @@ def test_inputs_are_copied_and_the_caller_keeps_its_own() -> None:
     other = torch.randn(3, 5)
     assert torch.equal(double(other), other * 2)
     assert double.inputs[0] is static
-    double.replay()
+    with double.stream:
+        double.replay()
     assert double.num_replays == 2
     assert torch.equal(double.outputs, other * 2)
 

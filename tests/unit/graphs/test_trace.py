@@ -156,6 +156,23 @@ def test_undeclared_writes_are_found_and_undone() -> None:
     assert counter.tolist() == [1.0, 1.0]
 
 
+@torch.library.custom_op("ostinato_test::append_row", mutates_args=("cache",))
+def _append_row(cache: torch.Tensor, row: torch.Tensor, weight: torch.Tensor) -> None:
+    cache[0] = row * weight
+
+
+def test_the_inputs_and_writes_of_a_custom_operation_are_seen() -> None:
+    cache, row, weight = torch.zeros(2, 3), torch.ones(3), torch.full((3,), 2.0)
+    trace = OpTrace(CPU)
+    trace.run(lambda: _append_row(cache, row, weight))
+    assert set(trace.externals) == {storage_key(cache), storage_key(row), storage_key(weight)}
+    (written,) = trace.undeclared_writes()
+    assert written.operation == "ostinato_test.append_row.default"
+    assert cache[0].tolist() == [2.0] * 3
+    trace.undo_writes()
+    assert cache.eq(0).all()
+
+
 def _two_traces(step: Callable[[], Any]) -> tuple[OpTrace, OpTrace]:
     traces = OpTrace(CPU), OpTrace(CPU)
     for trace in traces:
