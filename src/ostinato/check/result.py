@@ -1,0 +1,86 @@
+"""The report: what was found, what was run, and what stays unknown. It never says that something is safe."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ostinato.check.finding import Finding, Frame, Severity
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of ``ostinato check`` and ``ostinato scan``."""
+
+    CLEAN = 0
+    FINDINGS = 1
+    USAGE = 2
+    PARTIAL = 3
+    INTERNAL = 4
+    NOTHING_CHECKED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PassRun:
+    """One pass that ran. ``seconds`` is wall time; ``detail`` says over what."""
+
+    name: str
+    seconds: float
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a check gives back.
+
+    ``num_regions`` counts the calls of the region that finished; ``partial`` says why not everything could be run;
+    ``opaque_ops`` maps custom operations to how often they ran.
+    """
+
+    target: str
+    findings: tuple[Finding, ...]
+    passes: tuple[PassRun, ...] = ()
+    num_regions: int = 0
+    num_ops: int = 0
+    partial: str = ""
+    internal: str = ""
+    notes: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    opaque_ops: Mapping[str, int] = field(default_factory=dict)
+    not_reached: tuple[Frame, ...] = ()
+    torch_version: str = ""
+    printed: str = ""
+    is_static_only: bool = False
+
+    def at_least(self, severity: Severity) -> tuple[Finding, ...]:
+        """The findings of this severity or worse that are not suppressed."""
+        return tuple(f for f in self.findings if f.severity >= severity and f.suppressed is None)
+
+    def exit_code(self, fail_on: Severity = Severity.HAZARD) -> ExitCode:
+        """0 clean at this level, 1 findings, 3 partial, 4 internal, 5 nothing checked."""
+        if self.internal:
+            return ExitCode.INTERNAL
+        if self.partial:
+            return ExitCode.PARTIAL
+        if self.num_regions == 0:
+            return ExitCode.NOTHING_CHECKED
+        return ExitCode.FINDINGS if self.at_least(fail_on) else ExitCode.CLEAN
+
+    def summary(self) -> str:
+        """One line: what was found, over what, and what stays unknown."""
+        counts = Counter(f.severity for f in self.findings if f.suppressed is None)
+        named = [f"{counts[s]} {s.label}{'s' if counts[s] != 1 and s is not Severity.INFO else ''}" for s in reversed(Severity) if counts[s]]
+        found = ", ".join(named) or "no violation"
+        if self.is_static_only:
+            return f"{found} in {self.num_regions} files that were read; nothing was run"
+        unknown = [f"{len(self.opaque_ops)} opaque operations"] if self.opaque_ops else []
+        if self.not_reached:
+            unknown.append(f"{len(self.not_reached)} branches not reached")
+        suffix = f"; {', '.join(unknown)}" if unknown else ""
+        return f"{found} in {self.num_regions} calls ({self.num_ops} operations){suffix}"
+
+
+def sorted_findings(findings: list[Finding]) -> tuple[Finding, ...]:
+    """The worst first; within a severity by file and line, so that a file's findings stay together."""
+    return tuple(sorted(findings, key=lambda f: (-f.severity, f.where.file, f.where.line, f.rule.code)))
