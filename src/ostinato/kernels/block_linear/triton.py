@@ -1,0 +1,201 @@
+"""Launching block-quantized products: which kernel, which tiles, and what has to run before and after it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+from ostinato.kernels.block_linear.matmul.triton import _dequantize_kernel, _finish_kernel, _tile_kernel
+from ostinato.kernels.block_linear.matvec.triton import _resident_kernel, _streamed_kernel
+from ostinato.kernels.launch import gpu_name, launch_options, num_multiprocessors
+from ostinato.kernels.rms_norm.triton import rms_norm, rms_norm_quantize
+from ostinato.kernels.tuning import Tiles, linear_key, table
+from ostinato.quant.blocks import KINDS, BlockKind
+
+DENSE_BYTES = 256 << 20  # the most that a product of many rows dequantizes at a time
+
+
+def block_linear(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    d: torch.Tensor,
+    high: torch.Tensor | None,
+    m: torch.Tensor | None,
+    sub_d: torch.Tensor | None,
+    sub_m: torch.Tensor | None,
+    kind: str,
+    norm: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gated: str | None,
+    out_dtype: torch.dtype,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Launch the kernels for x [M, K]; arguments as the op's, and ``tiles`` in place of the table's."""
+    tokens, k = x.shape
+    n = words.shape[0] // (1 if gated is None else 2)
+    out = torch.empty((tokens, n), dtype=out_dtype, device=x.device)
+    if tokens == 0:
+        return out
+    if tiles is None:
+        tiles = choose(kind, n, k, tokens, gated is not None, x.device)
+    constants = kind_constants(KINDS[kind])
+    options = launch_options(x.device)
+    if tiles.path in ("resident", "streamed"):
+        planes = pairs(words, d, high, m, sub_d, sub_m, KINDS[kind])
+        after = (bias if bias is not None else d, residual if residual is not None else out, out, tokens, n, k)
+        flags = (bias is not None, residual is not None, gated)
+        if tiles.path == "resident":
+            grid = (triton.cdiv(n, tiles.rows * tiles.repeats), triton.cdiv(tokens, tiles.tokens))
+            _resident_kernel[grid](
+                x, x.stride(0), norm if norm is not None else d, eps, *planes, *after, *constants,
+                tiles.rows, tiles.groups, tiles.repeats, tiles.tokens, norm is not None, *flags,
+                num_warps=tiles.warps, **options,
+            )  # fmt: skip
+        else:
+            quantized, scales = rms_norm_quantize(x, norm, eps)
+            grid = (triton.cdiv(n, tiles.rows), triton.cdiv(tokens, tiles.tokens))
+            _streamed_kernel[grid](
+                quantized.view(torch.int32), scales, *planes, *after, *constants,
+                tiles.rows, tiles.groups, tiles.tokens, *flags, num_warps=tiles.warps, **options,
+            )  # fmt: skip
+        return out
+    planes = pairs(words.view(torch.uint8), d, high, m, sub_d, sub_m, KINDS[kind])
+    if norm is not None:
+        x = rms_norm(x, norm, eps, torch.bfloat16)
+    if tiles.path == "gemm":
+        product = _gemm(x.to(torch.bfloat16), planes, words.shape[0], constants, residual, tiles)
+        if bias is None and gated is None and product.dtype == out_dtype:
+            return product
+        _finish(product, 1, bias, None, gated, out)
+        return out
+    rows = words.shape[0]
+    whole = tiles.splits == 1 and gated is None
+    product = out if whole else torch.empty((tiles.splits, tokens, rows), dtype=torch.float32, device=x.device)
+    grid3 = (triton.cdiv(tokens, tiles.tokens), triton.cdiv(rows, tiles.rows), tiles.splits)
+    _tile_kernel[grid3](
+        x, x.stride(0), *planes, bias if bias is not None else d, residual if residual is not None else out,
+        product, tokens, rows, k, *constants, tiles.rows, tiles.groups, tiles.tokens, tiles.splits,
+        whole and bias is not None, whole and residual is not None,
+        num_warps=tiles.warps, num_stages=tiles.stages, **options,
+    )  # fmt: skip
+    if not whole:
+        _finish(product, tiles.splits, bias, residual, gated, out)
+    return out
+
+
+def _gemm(
+    x: torch.Tensor,
+    planes: tuple[torch.Tensor, ...],
+    rows: int,
+    constants: tuple[int, ...],
+    residual: torch.Tensor | None,
+    tiles: Tiles,
+) -> torch.Tensor:
+    """x Wᵀ (plus residual) through a dense copy of a stretch of W's rows at a time."""
+    tokens, k = x.shape
+    step = max(1, min(rows, DENSE_BYTES // (2 * k)))
+    dtype = torch.bfloat16 if residual is None else torch.float32
+    product = None if step == rows else torch.empty((tokens, rows), dtype=dtype, device=x.device)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        dense = dequantize_rows(tuple(p[start:stop] for p in planes), stop - start, k, constants, tiles)
+        if residual is None:
+            part = x @ dense.T
+        else:
+            part = torch.addmm(residual[:, start:stop], x, dense.T, out_dtype=torch.float32)
+        if product is None:
+            return part
+        product[:, start:stop] = part
+    assert product is not None
+    return product
+
+
+def dequantize_rows(
+    planes: tuple[torch.Tensor, ...], rows: int, k: int, constants: tuple[int, ...], tiles: Tiles
+) -> torch.Tensor:
+    """The matrix of all ``rows`` in bfloat16 [rows, K]."""
+    dense = torch.empty((rows, k), dtype=torch.bfloat16, device=planes[0].device)
+    grid = (triton.cdiv(rows, tiles.rows), triton.cdiv(k // 32, tiles.groups))
+    _dequantize_kernel[grid](
+        *planes, dense, rows, k, *constants, tiles.rows, tiles.groups, num_warps=tiles.warps,
+        **launch_options(dense.device),
+    )  # fmt: skip
+    return dense
+
+
+def _finish(
+    product: torch.Tensor,
+    splits: int,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gated: str | None,
+    out: torch.Tensor,
+) -> None:
+    tokens, n = out.shape
+    block = min(1024, triton.next_power_of_2(n))
+    _finish_kernel[(tokens, triton.cdiv(n, block))](
+        product, bias if bias is not None else product, residual if residual is not None else product, out, tokens, n,
+        splits, bias is not None, residual is not None, gated, block, num_warps=max(1, min(4, block // 128)),
+        **launch_options(out.device),
+    )  # fmt: skip
+
+
+def kind_constants(kind: BlockKind) -> tuple[int, int, int, int, int]:
+    """BITS, GROUP, SUPER, OFFSET and MIN_SIGN of the kernels."""
+    return kind.bits, kind.group, kind.super_group, kind.offset, kind.min_sign
+
+
+def pairs(
+    words: torch.Tensor,
+    d: torch.Tensor,
+    high: torch.Tensor | None,
+    m: torch.Tensor | None,
+    sub_d: torch.Tensor | None,
+    sub_m: torch.Tensor | None,
+    kind: BlockKind,
+) -> tuple[torch.Tensor, ...]:
+    """The planes in the kernels' order: absent ones as ``d``, two sub-scales of 16 columns as one int16."""
+    found = []
+    for plane in (sub_d, sub_m):
+        if plane is None:
+            found.append(d)
+        else:
+            found.append(plane.view(torch.int16) if kind.group == 16 else plane)
+    return words, high if high is not None else d, d, m if m is not None else d, *found
+
+
+@functools.cache
+def choose(kind: str, n: int, k: int, m: int, gated: bool, device: torch.device) -> Tiles:
+    """The tiles for a product: measured ones where the GPU's table has them, else a rule's."""
+    measured = table(gpu_name(device)).get(linear_key(kind, n, k, m, gated))
+    if measured is not None:
+        return measured
+    return default_tiles(n * (2 if gated else 1), k, m, num_multiprocessors(device))
+
+
+def default_tiles(n: int, k: int, m: int, multiprocessors: int) -> Tiles:
+    """Tiles by rule, for n rows of W in all (gate and up counted).
+
+    Few rows of x: int8 and dp4a, in registers while a row's padded groups are few. Tens: the tensor cores on weights
+    dequantized in registers, except where W is so small that more programs of dp4a finish first. Hundreds: a dense
+    copy of W and the vendor's product.
+    """
+    groups = triton.next_power_of_2(k // 32)
+    if m > 192:
+        return Tiles("gemm", rows=8, groups=8, tokens=0, warps=4)
+    if m <= 8 or n * k <= 2**21:
+        tokens = min(triton.next_power_of_2(m), 8)
+        if groups * tokens <= 128:
+            rows = max(1, min(16, 256 // groups))
+            programs = triton.cdiv(n, rows) * triton.cdiv(m, tokens)
+            repeats = max(1, min(16, programs // (multiprocessors * 8)))
+            return Tiles("resident", rows=rows, groups=groups, tokens=tokens, warps=4, repeats=repeats)
+        return Tiles("streamed", rows=8, groups=min(groups, 32), tokens=tokens, warps=4)
+    tokens = max(16, min(64, triton.next_power_of_2(m)))
+    programs = triton.cdiv(n, 64) * triton.cdiv(m, tokens)
+    splits = max(1, min(8, multiprocessors * 2 // programs, k // 512))
+    return Tiles("tile", rows=64, groups=4, tokens=tokens, warps=4, splits=splits, stages=3)

@@ -1,0 +1,147 @@
+"""The kernels of block_linear against plain PyTorch, at tiny and odd shapes, for every kind of block."""
+
+import pytest
+import torch
+
+from ostinato.errors import KernelError
+from ostinato.kernels.block_linear import block_linear
+from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref
+from ostinato.kernels.registry import load
+from ostinato.kernels.tuning import Tiles
+from ostinato.quant.blocks import KINDS, dequantize
+
+from .block_weights import grid_rows, operands, random_weight
+
+MATVEC = {
+    "resident": Tiles("resident", rows=4, groups=16, tokens=2, warps=1),
+    "resident, several tiles": Tiles("resident", rows=2, groups=16, tokens=4, warps=1, repeats=3),
+    "streamed": Tiles("streamed", rows=4, groups=8, tokens=2, warps=1),
+    "streamed, masked": Tiles("streamed", rows=2, groups=4, tokens=4, warps=1),
+}
+TILE = Tiles("tile", rows=16, groups=2, tokens=16, warps=1)
+
+
+def launch(x, weight, tiles, norm=None, eps=0.0, bias=None, residual=None, gated=None, out_dtype=torch.float32):
+    kernel = load("ostinato.kernels.block_linear.triton:block_linear")
+    return kernel(x, *operands(weight), norm, eps, bias, residual, gated, out_dtype, tiles)
+
+
+def assert_sums_agree(found, expected, x, weight, gain=1.0):
+    """Float32 sums of K products in different orders: K roundings of at most the sum of magnitudes, and a few more."""
+    bound = (x.float().abs() @ dequantize(weight).abs().T).max() * gain
+    tolerance = (x.shape[1] / 32 + 16) * 2.0**-24 * float(bound) * 4
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("tiles", MATVEC.values(), ids=MATVEC)
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_product_is_exact_for_activations_on_the_grid(kind, tiles, device):
+    k = 256 if KINDS[kind].has_sub else 320
+    weight = random_weight(kind, 7, k, device)
+    x = grid_rows(3, k, device)
+    assert_sums_agree(launch(x, weight, tiles), block_linear_ref(x, weight), x, weight)
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K"])
+@pytest.mark.parametrize("tiles", MATVEC.values(), ids=MATVEC)
+def test_int8_product_rounds_activations_as_its_model(kind, tiles, device):
+    weight = random_weight(kind, 5, 512, device)
+    x = torch.randn(3, 512, device=device) * 3
+    found = launch(x, weight, tiles)
+    expected = block_linear_int8_ref(x, weight)
+    # At most one of a row's 512 activations may lie so close to a tie that it rounds the other way: one step of int8.
+    step = (x.abs().view(3, -1, 32).amax(-1) / 127).max() * dequantize(weight).abs().max()
+    assert (found - expected).abs().max() <= step
+    assert (found - expected).abs().median() < 1e-5
+    exact = block_linear_ref(x, weight)
+    assert (expected - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("tiles", MATVEC.values(), ids=MATVEC)
+def test_norm_bias_and_residual_are_fused(tiles, device):
+    weight = random_weight("Q5_1", 6, 96, device)
+    x = torch.randn(3, 96, device=device) * 5
+    norm = torch.rand(96, device=device) + 0.5
+    bias = torch.randn(6, device=device).bfloat16()
+    residual = torch.randn(3, 6, device=device)
+    before = residual.clone()
+    found = launch(x, weight, tiles, norm=norm, eps=1e-5, bias=bias, residual=residual)
+    expected = block_linear_int8_ref(x, weight, norm=norm, eps=1e-5, bias=bias, residual=residual)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("gated", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("tiles", [*MATVEC.values(), TILE], ids=[*MATVEC, "tile"])
+def test_gate_and_up_are_multiplied(tiles, gated, device):
+    weight = random_weight("Q4_K", 10, 256, device)
+    x = torch.randn(3, 256, device=device) * 4
+    bias = torch.randn(10, device=device)
+    found = launch(x, weight, tiles, gated=gated, bias=bias)
+    expected = block_linear_int8_ref(x, weight, gated=gated, bias=bias)
+    assert found.shape == (3, 5)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tile_kernel_multiplies_weights_rounded_to_bfloat16(kind, splits, device):
+    k = 256 if KINDS[kind].has_sub else 224
+    weight = random_weight(kind, 19, k, device)
+    x = torch.randn(17, k, device=device).bfloat16()
+    tiles = Tiles("tile", rows=16, groups=2, tokens=16, warps=1, splits=splits)
+    expected = x.float() @ dequantize(weight, torch.bfloat16).float().T
+    residual = torch.randn(17, 19, device=device)
+    bias = torch.randn(19, device=device)
+    found = launch(x, weight, tiles, bias=bias, residual=residual)
+    if device.type == "cuda":
+        assert_sums_agree(found, expected + bias + residual, x, weight, gain=2.0)
+    else:  # the interpreter truncates to bfloat16 where a GPU rounds
+        bound = float((x.float().abs() @ dequantize(weight).abs().T).max())
+        torch.testing.assert_close(found, expected + bias + residual, rtol=0, atol=2**-7 * bound)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_x_may_be_strided_and_of_any_float(x_dtype, device):
+    weight = random_weight("Q8_0", 5, 64, device)
+    x = grid_rows(2, 128, device).to(x_dtype)[:, 32:96]
+    found = launch(x, weight, MATVEC["resident"], out_dtype=torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, block_linear_ref(x, weight, out_dtype=torch.bfloat16), rtol=2**-7, atol=2**-10)
+
+
+def test_tiles_of_the_rule_cover_every_shape(device):
+    choose = load("ostinato.kernels.block_linear.triton:default_tiles")
+    for n, k, m in ((7, 96, 1), (5, 2560, 3), (9, 4096, 8), (33, 64, 5)):
+        weight = random_weight("Q4_0", n, k, device)
+        x = grid_rows(m, k, device)
+        tiles = choose(n, k, m, 4)
+        assert_sums_agree(launch(x, weight, tiles), block_linear_ref(x, weight), x, weight)
+
+
+def test_misfits_are_refused_in_one_line(device):
+    weight = random_weight("Q4_0", 6, 64, device)
+    x = torch.randn(2, 64, device=device)
+    for arguments, said in (
+        ({"x": x[:, :32]}, r"takes x \[M, 64\]"),
+        ({"x": x.int()}, "of floats"),
+        ({"x": x, "gated": "relu"}, "silu or gelu_tanh"),
+        ({"x": x, "norm": torch.ones(32, device=device)}, r"float32 norm \[64\]"),
+        ({"x": x, "bias": torch.ones(5, device=device)}, r"a bias \[6\]"),
+        ({"x": x, "residual": torch.ones(2, 6, device=device).half()}, "float32 residual"),
+        ({"x": x, "residual": torch.ones(2, 6, device=device), "gated": "silu"}, "not both"),
+        ({"x": x, "bias": torch.ones(6, device="meta")}, "move them to one device"),
+    ):
+        with pytest.raises(KernelError, match=said) as caught:
+            block_linear(weight=weight, **arguments)
+        assert "\n" not in str(caught.value)
+
+
+def test_public_op_on_the_cpu_is_the_reference():
+    cpu = torch.device("cpu")
+    weight = random_weight("Q3_K", 6, 256, cpu)
+    x, norm = torch.randn(2, 256), torch.rand(256)
+    assert torch.equal(
+        block_linear(x, weight, norm=norm, eps=1e-6, gated="silu"),
+        block_linear_ref(x, weight, norm=norm, eps=1e-6, gated="silu"),
+    )
