@@ -1,0 +1,88 @@
+"""Block-quantized products on a GPU, at the shapes of real models, through the public op and inside a graph."""
+
+import pytest
+import torch
+
+from ostinato.kernels.block_linear import block_linear
+from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref
+from ostinato.kernels.embed import embed
+from ostinato.quant.blocks import KINDS, dequantize
+
+from ...unit.kernels.block_weights import grid_rows, random_weight
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(1)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 8])
+@pytest.mark.parametrize(("n", "k"), [(576, 1536), (1000, 2048), (333, 20480)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_rows_on_the_grid_lose_nothing(kind, n, k, m):
+    weight = random_weight(kind, n, k, CUDA)
+    x = grid_rows(m, k, CUDA)
+    # float32 sums of K products: a few times 2**-24 of their size each, in random directions
+    assert relative(block_linear(x, weight), block_linear_ref(x, weight)) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q8_0"])
+def test_smollm_rows_with_norm_gate_and_residual(kind):
+    x = torch.randn(3, 576, device=CUDA) * 3
+    norm = torch.rand(576, device=CUDA) + 0.5
+    gate_up = random_weight(kind, 3072, 576, CUDA)
+    gated = block_linear(x, gate_up, norm=norm, eps=1e-5, gated="silu")
+    # one step of int8 in one of 576 activations is 1/40 of its size: 1e-3 of the sum
+    assert relative(gated, block_linear_int8_ref(x, gate_up, norm=norm, eps=1e-5, gated="silu")) < 2e-3
+    down = random_weight(kind, 576, 1536, CUDA)
+    found = block_linear(gated, down, residual=x)
+    assert relative(found, block_linear_int8_ref(gated, down, residual=x)) < 2e-3
+
+
+@pytest.mark.parametrize("m", [9, 16, 33, 64, 130, 200, 512])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows_multiply_in_bfloat16(kind, m):
+    weight = random_weight(kind, 1000, 2048, CUDA)
+    x = torch.randn(m, 2048, device=CUDA).bfloat16()
+    expected = x.float() @ dequantize(weight, torch.bfloat16).float().T
+    found = block_linear(x, weight, out_dtype=torch.float32)
+    # the tensor cores' sums of exact products; a dense copy's product is rounded to bfloat16: 2**-9 at most
+    assert relative(found, expected) < 2e-3
+    residual = torch.randn(m, 1000, device=CUDA)
+    assert relative(block_linear(x, weight, residual=residual), expected + residual) < 2e-3
+    bias = torch.randn(1000, device=CUDA)
+    gated = block_linear(x, weight, bias=bias, gated="gelu_tanh", out_dtype=torch.float32)
+    exact = block_linear_ref(x, weight, bias=bias, gated="gelu_tanh", out_dtype=torch.float32)
+    assert relative(gated, exact) < 2e-2
+    both = block_linear(x, weight, bias=bias, residual=residual)
+    assert relative(both, expected + bias + residual) < 3e-3
+
+
+@pytest.mark.parametrize("m", [1, 16, 256])
+def test_every_output_is_written_in_a_graph(m):
+    weight = random_weight("Q4_1", 960, 576, CUDA)
+    x = torch.randn(m, 576, device=CUDA)
+    norm = torch.rand(576, device=CUDA)
+    block_linear(x, weight, norm=norm, eps=1e-5)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = block_linear(x, weight, norm=norm, eps=1e-5)
+    for _ in range(3):
+        x.normal_()
+        found.fill_(torch.nan)
+        graph.replay()
+        assert relative(found, block_linear_ref(x, weight, norm=norm, eps=1e-5)) < 2e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embedding_rows(kind):
+    table = random_weight(kind, 5000, 2048, CUDA)
+    tokens = torch.randint(0, 5000, (17,), device=CUDA)
+    torch.testing.assert_close(embed(tokens, table), dequantize(table)[tokens], rtol=2**-22, atol=1e-8)
