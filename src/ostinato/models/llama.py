@@ -247,7 +247,12 @@ class LlamaForCausalLM:
         else:
             head = join("", ("lm_head",), False)
         return cls(
-            c, _embedding(table, target, head), tuple(layers), norm("model.norm.weight"), head, target.activation
+            config=c,
+            embed=_embedding(table, target, head if c.tie_word_embeddings else None),
+            layers=tuple(layers),
+            norm=norm("model.norm.weight"),
+            head=head,
+            activation=target.activation,
         )
 
     @property
@@ -283,10 +288,14 @@ def _mlp(mlp: LlamaMLP) -> tuple[Linear, Linear]:
     return mlp.gate_up, mlp.down
 
 
-def _embedding(table: BlockWeight | torch.Tensor, target: Target, head: Linear) -> BlockWeight | torch.Tensor:
-    shared = head.parts[0]
-    if isinstance(shared, type(table)) and tuple(shared.shape) == tuple(table.shape) and not target.exact:
-        return shared if isinstance(shared, BlockWeight | torch.Tensor) else table
+def _embedding(
+    table: BlockWeight | torch.Tensor, target: Target, tied_head: Linear | None
+) -> BlockWeight | torch.Tensor:
+    """The rows for tokens; with tied embeddings the head's own matrix, unless the CPU has packed or rounded it."""
+    if tied_head is not None:
+        shared = tied_head.parts[0]
+        if isinstance(shared, BlockWeight | torch.Tensor) and (target.exact or isinstance(shared, type(table))):
+            return shared
     if isinstance(table, BlockWeight):
         return dequantize(table.to(target.device)) if target.exact else table.to(target.device)
     return table.to(target.device, target.activation)
