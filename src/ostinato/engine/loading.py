@@ -14,10 +14,13 @@ from ostinato.errors import ContextLengthError, DeviceError, UsageError
 from ostinato.kv.paged import PagedKV
 from ostinato.layers.linear import Target
 from ostinato.load.gguf import GGUFFile
+from ostinato.load.random import RandomCheckpoint
 from ostinato.load.safetensors import HFCheckpoint
 from ostinato.load.source import WeightReader
 from ostinato.models.interface import Checkpoint, Family, Model
 from ostinato.models.registry import family_of
+
+Openable = GGUFFile | HFCheckpoint | RandomCheckpoint
 
 _LOG = logging.getLogger(__name__)
 _GPU_PAGE_SIZE = 64
@@ -92,7 +95,7 @@ def pick_dtypes(config: EngineConfig) -> tuple[torch.dtype, torch.dtype]:
     return activation, KV_DTYPES[config.kv]
 
 
-def open_checkpoint(opened: GGUFFile | HFCheckpoint, device: torch.device) -> tuple[Checkpoint, WeightReader]:
+def open_checkpoint(opened: Openable, device: torch.device) -> tuple[Checkpoint, WeightReader]:
     """What the model families read from, and the reader that knows which tensors were used."""
     # The CPU packs weights anew; a GPU takes the file's bytes as they are and unpacks them itself.
     reader = WeightReader(opened, device)
@@ -101,7 +104,7 @@ def open_checkpoint(opened: GGUFFile | HFCheckpoint, device: torch.device) -> tu
     return Checkpoint("hf", opened.config, reader), reader
 
 
-def load_engine(opened: GGUFFile | HFCheckpoint, config: EngineConfig) -> Loaded:
+def load_engine(opened: Openable, config: EngineConfig) -> Loaded:
     """Read the weights, allocate the KV, and make the runner; graphs are captured when first used, or by the caller.
 
     Raises the errors of files, models, devices and budgets; ContextLengthError for a context that the model was not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,11 @@ class Norm:
 
     def __call__(self, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         """x [M, K] → [M, K] of ``out_dtype``; the mean is taken in float32."""
+        if x.shape[0] == 1 and x.device.type == "cpu" and x.dtype == torch.float32:
+            # One row: a dot product and a scale on the host, a fifth of the time of PyTorch's chain of small ops.
+            row = x[0]
+            scale = 1.0 / math.sqrt(torch.dot(row, row).item() / row.shape[0] + self.eps)
+            return (x * self.weight).mul_(scale).to(out_dtype)
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(out_dtype)
 
 

@@ -13,7 +13,6 @@ import torch
 
 from ostinato.quant.blocks import BlockWeight, dequantize, quants, scales
 
-
 _int4_product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _int8_product = torch.ops.aten._weight_int8pack_mm.default
 
