@@ -1,0 +1,202 @@
+"""Prefill attention on the matrix units: one program holds a block of queries of one head and walks over the cache."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ostinato.kernels.launch import launch_options
+from ostinato.kernels.triton import trigger, wait
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _walk(
+    acc,
+    largest,
+    total,
+    queries,
+    row_pages,
+    k_cache,
+    v_cache,
+    head,
+    rows,
+    begin,
+    end,
+    stop,
+    scale,
+    softcap,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Attend queries at positions ``rows`` to positions begin … end - 1, multiples of BLOCK_N."""
+    d = tl.arange(0, DP)
+    j = tl.arange(0, BLOCK_N)
+    for first in range(begin, end, BLOCK_N):
+        n = first + j
+        if PAGE % BLOCK_N == 0:
+            page = tl.load(row_pages + first // PAGE).to(tl.int64)
+            at = ((page * HKV + head) * PAGE + first % PAGE + j)[:, None] * D + d[None, :]
+        else:
+            page = tl.load(row_pages + n // PAGE, mask=n < stop, other=0).to(tl.int64)
+            at = ((page * HKV + head) * PAGE + n % PAGE)[:, None] * D + d[None, :]
+        if MASKED:
+            present = (n < stop)[:, None] & (d < D)[None, :]
+            k = tl.load(k_cache + at, mask=present, other=0.0)
+            v = tl.load(v_cache + at, mask=present, other=0.0)
+        elif D == DP:
+            k = tl.load(k_cache + at)
+            v = tl.load(v_cache + at)
+        else:
+            k = tl.load(k_cache + at, mask=(d < D)[None, :], other=0.0)
+            v = tl.load(v_cache + at, mask=(d < D)[None, :], other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        if SOFTCAP:
+            scores = softcap * (1.0 - 2.0 / (tl.exp(scores * (2.0 / softcap)) + 1.0)) * 1.4426950408889634
+        if MASKED:
+            keep = n[None, :] <= rows[:, None]
+            if WINDOW > 0:
+                keep = keep & (n[None, :] > rows[:, None] - WINDOW)
+            scores = tl.where(keep, scores, float("-inf"))
+        new = tl.maximum(largest, tl.max(scores, 1))
+        p = tl.exp2(scores - new[:, None])
+        old = tl.exp2(largest - new)
+        total = total * old + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
+        largest = new
+    return acc, largest, total
+
+
+@triton.jit
+def _prefill_kernel(
+    q,
+    out,
+    positions,
+    slots,
+    page_table,
+    k_cache,
+    v_cache,
+    num_tokens,
+    scale,
+    softcap,
+    pages_per_slot,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    trigger(PDL)
+    block = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest walks start first
+    query_head = tl.program_id(0)
+    head = query_head // G
+    t = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, DP)
+    wait(PDL)
+    position = tl.load(positions)
+    row_pages = page_table + tl.load(slots) * pages_per_slot
+    inside = (t < num_tokens)[:, None] & (d < D)[None, :]
+    at = (t.to(tl.int64)[:, None] * (HKV * G) + query_head) * D + d[None, :]
+    queries = tl.load(q + at, mask=inside, other=0.0)
+    queries = queries.to(k_cache.dtype.element_ty)
+
+    rows = position + t
+    stop = position + num_tokens
+    block_first = position + block * BLOCK_M
+    block_stop = tl.minimum(block_first + BLOCK_M, stop)
+    begin = 0
+    free_begin = 0  # from here to free_end every query sees every position
+    if WINDOW > 0:
+        begin = tl.maximum(block_first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        free_begin = tl.maximum(tl.cdiv(block_first + BLOCK_M - WINDOW, BLOCK_N), 0) * BLOCK_N
+    free_end = (block_first + 1) // BLOCK_N * BLOCK_N
+    free_begin = tl.maximum(tl.minimum(free_begin, free_end), begin)
+
+    largest = tl.full((BLOCK_M,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DP), tl.float32)
+    if WINDOW > 0:
+        acc, largest, total = _walk(
+            acc, largest, total, queries, row_pages, k_cache, v_cache, head, rows, begin, free_begin, stop, scale, softcap,
+            HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP, True,
+        )  # fmt: skip
+    acc, largest, total = _walk(
+        acc, largest, total, queries, row_pages, k_cache, v_cache, head, rows, free_begin, free_end, stop, scale, softcap,
+        HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP, False,
+    )  # fmt: skip
+    acc, largest, total = _walk(
+        acc, largest, total, queries, row_pages, k_cache, v_cache, head, rows, tl.maximum(free_end, begin), block_stop,
+        stop, scale, softcap, HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP, True,
+    )  # fmt: skip
+    total = tl.where(total > 0.0, total, 1.0)  # a row beyond the chunk may see nothing
+    tl.store(out + at, acc / total[:, None], mask=inside)
+
+
+def choose_blocks(num_tokens: int, dim: int, element_size: int) -> tuple[int, int, int, int]:
+    """(queries per block, positions per step, warps, stages); see docs/performance/kernels_attention.md."""
+    padded = triton.next_power_of_2(dim)
+    if element_size == 4:
+        return 16 if padded > 128 else 32, 32, 4, 1
+    if num_tokens <= 64:
+        return 64, 64 if padded <= 128 else 32, 4, 2
+    if padded <= 128:
+        return 128, 64, 8, 3
+    return 128, 32, 8, 2
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    blocks: tuple[int, int, int, int] | None = None,
+) -> torch.Tensor:
+    """Launch ``_prefill_kernel``; arguments and result as for ``ostinato.kernels.prefill_attention``."""
+    num_tokens, num_heads, dim = q.shape
+    _, num_kv_heads, page_size, _ = k_cache.shape
+    block_m, block_n, warps, stages = blocks or choose_blocks(num_tokens, dim, k_cache.element_size())
+    out = torch.empty((num_tokens, num_heads * dim), dtype=q.dtype, device=q.device)
+    _prefill_kernel[(num_heads, triton.cdiv(num_tokens, block_m))](
+        q,
+        out,
+        positions,
+        slots,
+        page_table,
+        k_cache,
+        v_cache,
+        num_tokens,
+        scale if softcap else scale * LOG2_E,
+        softcap,
+        page_table.shape[1],
+        HKV=num_kv_heads,
+        G=num_heads // num_kv_heads,
+        D=dim,
+        DP=triton.next_power_of_2(dim),
+        PAGE=page_size,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        WINDOW=window,
+        SOFTCAP=softcap != 0.0,
+        num_warps=warps,
+        num_stages=stages,
+        **launch_options(q.device),
+    )
+    return out
