@@ -20,9 +20,18 @@ from ostinato.quant.blocks import KINDS, BlockWeight
 
 Planes = dict[str, torch.Tensor]
 
-# Rows are packed a few at a time: temporaries stay in the cache on a CPU, and small beside the tensor on a GPU.
-_CHUNK_BYTES_CPU = 1 << 20
+# Blocks are packed a few at a time, so that temporaries are small beside the tensor. On a CPU a chunk of a small tensor
+# also stays below the size from which PyTorch splits an operation over threads (32768 elements): hundreds of tiny
+# parallel regions are no gain on an idle machine, and on a busy one each of them waits for a core.
 _CHUNK_BYTES_GPU = 1 << 28
+_CHUNK_BYTES_CPU = 1 << 22
+_CHUNK_BYTES_SMALL = 1 << 16
+
+
+def _chunk_bytes(raw: torch.Tensor) -> int:
+    if raw.device.type != "cpu":
+        return _CHUNK_BYTES_GPU
+    return _CHUNK_BYTES_CPU if raw.numel() >= _CHUNK_BYTES_CPU else _CHUNK_BYTES_SMALL
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ def pack(raw: torch.Tensor, kind: GGUFType, k: int) -> BlockWeight | torch.Tenso
     blocks_per_row = k // kind.block
     blocks = raw.view(n * blocks_per_row, kind.num_bytes)
     per_block = {name: plane.view(n * blocks_per_row, -1) for name, plane in planes.items()}
-    chunk = (_CHUNK_BYTES_CPU if raw.device.type == "cpu" else _CHUNK_BYTES_GPU) // kind.num_bytes
+    chunk = _chunk_bytes(raw) // kind.num_bytes
     for start in range(0, blocks.shape[0], chunk):
         part = slice(start, start + chunk)
         split(blocks[part], {name: plane[part] for name, plane in per_block.items()})

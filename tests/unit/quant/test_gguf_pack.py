@@ -7,7 +7,7 @@ import torch
 
 from ostinato.errors import KernelError
 from ostinato.quant.blocks import KINDS, BlockWeight, dequantize, join_rows, quants
-from ostinato.quant.gguf import _CHUNK_BYTES_CPU, GGUF_TYPES, TYPES_BY_ID, UNSUPPORTED_TYPES, pack
+from ostinato.quant.gguf import _CHUNK_BYTES_CPU, _CHUNK_BYTES_SMALL, GGUF_TYPES, TYPES_BY_ID, UNSUPPORTED_TYPES, pack
 
 BLOCK_TYPES = [name for name, kind in GGUF_TYPES.items() if kind.dtype is None]
 DENSE_TYPES = [name for name, kind in GGUF_TYPES.items() if kind.dtype is not None]
@@ -60,10 +60,11 @@ def test_block_types_mean_what_the_file_means(name, n, blocks):
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
-def test_chunks_meet_without_a_seam(name):
+@pytest.mark.parametrize("chunk_bytes", [_CHUNK_BYTES_SMALL, _CHUNK_BYTES_CPU])
+def test_chunks_meet_without_a_seam(name, chunk_bytes):
     """More bytes than are packed at a time, with a border inside a row."""
     k = GGUF_TYPES[name].block * 33
-    n = 2 * _CHUNK_BYTES_CPU // GGUF_TYPES[name].row_bytes(k) + 3
+    n = chunk_bytes * 5 // 4 // GGUF_TYPES[name].row_bytes(k) + 3
     raw = random_rows(name, n, k)
     assert_same_bits(dequantize(pack(raw, GGUF_TYPES[name], k)), expected(raw, name))
 
