@@ -27,7 +27,7 @@ def test_streams_text_and_ends_with_a_line_of_figures(tiny: str, capsys: Capture
     assert execute(["generate", tiny, "the step", "--max-tokens", "6", *ON_CPU]) == 0
     shown = capsys.readouterr()
     assert shown.out.endswith("\n")
-    for part in ("prompt 13 tokens", "tokens/s", "ms/token", "iB", "nothing captured (cpu, eager)"):
+    for part in ("prompt 21 tokens", "tokens/s", "ms/token", "iB", "nothing captured (cpu, eager)"):
         assert part in shown.err
 
 
