@@ -16,6 +16,13 @@ import torch
 
 from ostinato.errors import UnsupportedModelError
 
+_NEEDED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -64,6 +71,9 @@ def make_rope(config: RopeConfig, context: int, divisors: torch.Tensor | None = 
     where Hugging Face changes the frequencies in the middle of a text.
     """
     p = config.parameters
+    missing = [name for name in _NEEDED.get(config.kind, ()) if p.get(name) is None]
+    if missing and divisors is None:
+        raise UnsupportedModelError(f"RoPE scaling '{config.kind}' lacks '{missing[0]}' in the model's configuration")
     exponents = torch.arange(0, config.dim, 2, dtype=torch.int64).float() / config.dim
     inv_freq = 1.0 / (config.theta**exponents)
     if divisors is not None:

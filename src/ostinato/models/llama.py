@@ -27,6 +27,14 @@ from ostinato.quant.blocks import BlockWeight, dequantize
 HF_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
+# What transformers assumes where config.json does not say it, and what differs from one family to the next.
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
+
 _Read = Callable[[str], BlockWeight | torch.Tensor]
 
 
@@ -67,6 +75,7 @@ class LlamaConfig:
             raise UnsupportedModelError(
                 f"the checkpoint is quantized with '{method}', which is not read; use the original or a GGUF file"
             )
+        c = {**_HF_DEFAULTS[model_type], **c}
         heads, layers = int(c["num_attention_heads"]), int(c["num_hidden_layers"])
         head_dim = int(c.get("head_dim") or c["hidden_size"] // heads)
         bias = bool(c.get("attention_bias", False))
@@ -81,7 +90,7 @@ class LlamaConfig:
             head_dim=head_dim,
             rms_norm_eps=float(c.get("rms_norm_eps", 1e-6)),
             rope=RopeConfig.from_hf(c, head_dim),
-            max_context=int(c.get("max_position_embeddings", 2048)),
+            max_context=int(c["max_position_embeddings"]),
             tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
             qkv_bias=model_type == "qwen2" or bias,
             out_bias=bias and model_type != "qwen2",
