@@ -138,16 +138,23 @@ def candidates(p: Product) -> Iterator[Tiles]:
     chunks = [t for t in (1, 2, 4, 8) if t <= top and (t == min(top, 8) or top > t >= 2)]
     int8 = p.m <= 16 or n * p.k <= 2**21
     for tokens in chunks if int8 else []:
-        if groups * tokens <= 512:
-            for rows, warps, repeats in itertools.product((1, 2, 4, 8, 16), (1, 2, 4), (1, 2, 4, 8)):
-                words = rows * groups * 4 / (32 * warps)
-                programs = n / (rows * repeats) * max(1, p.m / tokens)
-                registers = words * tokens / 4 + groups * tokens * 8 / 32
-                if 1 <= words <= 64 and registers <= 160 and (repeats == 1 or programs >= 132) and programs <= 40000:
-                    yield Tiles("resident", rows, groups, tokens, warps, repeats)
-        for rows, wide, warps in itertools.product((1, 2, 4, 8, 16), (8, 16, 32, 64, 128), (1, 2, 4)):
+        for deep, warps, repeats in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)):
+            rows = deep * max(1, warps * 32 // groups)
+            words = rows * groups * 4 / (32 * warps) * (2 if p.gated else 1)
+            programs = n / (rows * repeats) * max(1, p.m / tokens)
+            if (
+                groups <= 256
+                and tokens <= 4
+                and words * tokens * max(1, groups / 32 / warps) <= 128
+                and (repeats == 1 or programs >= 132)
+                and programs <= 20000
+                and rows <= n
+            ):
+                yield Tiles("resident", rows, groups, tokens, warps, repeats)
+        for deep, wide, warps in itertools.product((1, 2, 4, 8), (16, 32, 64, 128), (1, 2, 4)):
+            rows = deep * max(1, warps * 32 // wide)
             words = rows * wide * 4 / (32 * warps)
-            if p.k >= 1024 and wide <= groups and 4 <= words <= 32 and words * tokens <= 128:
+            if p.k >= 1024 and wide <= groups and words * tokens <= 128 and n / rows <= 40000:
                 yield Tiles("streamed", rows, wide, tokens, warps)
     if p.m > 8:
         for rows, wide, warps, splits, stages in itertools.product(
@@ -265,23 +272,51 @@ def report(products: list[Product]) -> None:
         del bench
 
 
-def smollm_layers(m: int, num_layers: int = 30) -> float:
-    """Microseconds for the four products of one SmolLM2 layer, in a chain of all layers."""
-    shapes = ((960, 576), (576, 576), (3072, 576), (576, 1536))
-    layers = [[random_weight("Q4_1", n, k) for n, k in shapes] for _ in range(num_layers)]
-    norms = [torch.rand(576, device=CUDA) for _ in range(num_layers)]
-    start = torch.randn(m, 576, device=CUDA)
+class SmolLayers:
+    """The four products of SmolLM2's layers, in a chain of all layers."""
 
-    def step() -> torch.Tensor:
-        hidden = start
-        for (qkv, o, gate_up, down), norm in zip(layers, norms, strict=True):
-            joined = block_linear(hidden, qkv, norm=norm, eps=1e-5)
-            hidden = block_linear(joined[:, :576], o, residual=hidden)
-            inner = block_linear(hidden, gate_up, norm=norm, eps=1e-5, gated="silu")
-            hidden = block_linear(inner, down, residual=hidden)
-        return hidden
+    def __init__(self, num_layers: int = 30) -> None:
+        shapes = ((960, 576), (576, 576), (3072, 576), (576, 1536))
+        self.layers = [[random_weight("Q4_1", n, k) for n, k in shapes] for _ in range(num_layers)]
+        self.norms = [torch.rand(576, device=CUDA) for _ in range(num_layers)]
 
-    return graph_us([step]) / num_layers
+    def us(self, m: int, replays: int = 12) -> float:
+        """Microseconds for one layer's products."""
+        start = torch.randn(m, 576, device=CUDA)
+
+        def step() -> torch.Tensor:
+            hidden = start
+            for (qkv, o, gate_up, down), norm in zip(self.layers, self.norms, strict=True):
+                joined = block_linear(hidden, qkv, norm=norm, eps=1e-5)
+                hidden = block_linear(joined[:, :576], o, residual=hidden)
+                inner = block_linear(hidden, gate_up, norm=norm, eps=1e-5, gated="silu")
+                hidden = block_linear(inner, down, residual=hidden)
+            return hidden
+
+        return graph_us([step], replays) / len(self.layers)
+
+    def tune(self, m: int, log: list[dict[str, object]], top: int = 6) -> dict[str, Tiles]:
+        """Of each product's fastest tiles alone, those that are fastest in the chain."""
+        tiles = tuning.table(gpu_name(CUDA))
+        chosen: dict[str, Tiles] = {}
+        for p in smollm((m,))[:4]:
+            entries = [e for e in log if e["key"] == p.key][:top]
+            options = [Tiles(**{k: v for k, v in e.items() if k not in ("key", "us")}) for e in entries]  # type: ignore[arg-type]
+            timed = []
+            for option in options:
+                tiles[p.key] = option
+                choose_again()
+                timed.append((self.us(m, 6), option))
+            us, tiles[p.key] = min(timed, key=lambda pair: pair[0])
+            chosen[p.key] = tiles[p.key]
+            print(f"in the chain {p.key:28s} {us:6.2f} us a layer | {tiles[p.key]}", flush=True)
+        choose_again()
+        return chosen
+
+
+def choose_again() -> None:
+    """Forget the tiles chosen so far, after the table changed."""
+    load("ostinato.kernels.block_linear.triton:choose").cache_clear()  # type: ignore[attr-defined]
 
 
 def dense_report() -> None:
@@ -290,8 +325,8 @@ def dense_report() -> None:
         copies = max(2, min(64, COPIES_BYTES // (n * k * 2)))
         weights = [torch.randn(n, k, device=CUDA).bfloat16() for _ in range(copies)]
         x = torch.randn(m, k, device=CUDA).bfloat16()
-        ours = graph_us([lambda w=w: dense_linear(x, w) for w in weights])
-        theirs = graph_us([lambda w=w: x @ w.T for w in weights])
+        ours = graph_us([lambda x=x, w=w: dense_linear(x, w) for w in weights])
+        theirs = graph_us([lambda x=x, w=w: x @ w.T for w in weights])
         print(f"dense bf16 {n}x{k} m{m}: {ours:.2f} us {n * k * 2 / ours / 1e6:.2f} TB/s, PyTorch {theirs:.2f} us")
 
 
@@ -306,17 +341,22 @@ def main() -> None:
     products = [p for name in arguments.sets for p in SETS[name]]
     if arguments.mode == "tune":
         best, log = tune(products, arguments.seconds)
+        tuning.table(gpu_name(CUDA)).update(best)
+        choose_again()
+        layers = SmolLayers()
+        for m in sorted({p.m for p in products if p.k == 576}):
+            best.update(layers.tune(m, log))
         if arguments.out:
             tuning.write(arguments.out, best)
             arguments.out.with_suffix(".log.json").write_text(json.dumps(log))
-        tuning.table(gpu_name(CUDA)).update(best)
     elif arguments.table:
         tuning.table(gpu_name(CUDA)).update(tuning.read(arguments.table))
     if arguments.mode == "report":
         report(products)
         dense_report()
+    layers = SmolLayers()
     for m in (1, 2, 4, 8, 16, 32, 64):
-        print(f"SmolLM2 layer, four products, m{m}: {smollm_layers(m):.2f} us", flush=True)
+        print(f"SmolLM2 layer, four products, m{m}: {layers.us(m):.2f} us", flush=True)
 
 
 if __name__ == "__main__":

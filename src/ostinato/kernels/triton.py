@@ -39,7 +39,7 @@ def dp4a(a, b, c):
         for lane in tl.static_range(4):
             c += ((a << (24 - 8 * lane)) >> 24) * ((b << (24 - 8 * lane)) >> 24)
         return c
-    else:  # noqa: RET505 (a branch not taken must not be compiled)
+    else:
         return tl.inline_asm_elementwise(
             "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -55,19 +55,123 @@ def gate_times_up(gate, up, GATE: tl.constexpr):
 
 
 @triton.jit
-def quantize_quads(lo, hi):
-    """int8 activations from the halves of groups of 32.
+def load_words(pointer, inside):
+    """Four adjacent int32 as four tensors, zeros outside; pointers of 16-byte alignment.
 
-    lo, hi: float32 [ROWS, NG, 4, 4], elements 0 … 15 and 16 … 31 of each group as [quad, lane].
-    Returns the words of each half, int32 [ROWS, NG, 4], four int8 each, and the scales, float32 [ROWS, NG].
+    One vector load a thread, in the layout of the pointers: Triton would choose a layout for a tensor [..., 4] of words
+    by their contiguity alone, and then move them between threads through shared memory.
     """
-    largest = tl.max(tl.max(tl.maximum(tl.abs(lo), tl.abs(hi)), 3), 2)
-    inverse = (127.0 / tl.maximum(largest, 1e-30))[:, :, None, None]
-    shift = 8 * tl.arange(0, 4)[None, None, None, :]
+    if INTERPRETED:
+        return (
+            tl.load(pointer, mask=inside, other=0),
+            tl.load(pointer + 1, mask=inside, other=0),
+            tl.load(pointer + 2, mask=inside, other=0),
+            tl.load(pointer + 3, mask=inside, other=0),
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.ne.b32 p, $5, 0;
+            mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+            @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
+            }""",
+            "=&r,=&r,=&r,=&r,l,r",
+            [pointer, inside.to(tl.int32)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def load_halves(pointer, inside):
+    """Four adjacent 16-bit values as int16 tensors, zeros outside; pointers of 8-byte alignment."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.b32 p, $5, 0;
+        mov.b16 $0, 0; mov.b16 $1, 0; mov.b16 $2, 0; mov.b16 $3, 0;
+        @p ld.global.v4.b16 {$0, $1, $2, $3}, [$4];
+        }""",
+        "=&h,=&h,=&h,=&h,l,r",
+        [pointer, inside.to(tl.int32)],
+        dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def load_floats(pointer, inside):
+    """Four adjacent float32, bfloat16 or float16 values as float32 tensors, zeros outside."""
+    if INTERPRETED:
+        return (
+            tl.load(pointer, mask=inside, other=0.0).to(tl.float32),
+            tl.load(pointer + 1, mask=inside, other=0.0).to(tl.float32),
+            tl.load(pointer + 2, mask=inside, other=0.0).to(tl.float32),
+            tl.load(pointer + 3, mask=inside, other=0.0).to(tl.float32),
+        )
+    elif pointer.dtype.element_ty == tl.float32:
+        a, b, c, d = load_words(pointer, inside)
+        return (
+            a.to(tl.float32, bitcast=True),
+            b.to(tl.float32, bitcast=True),
+            c.to(tl.float32, bitcast=True),
+            d.to(tl.float32, bitcast=True),
+        )
+    else:
+        a, b, c, d = load_halves(pointer, inside)
+        kind: tl.constexpr = pointer.dtype.element_ty
+        return (
+            a.to(kind, bitcast=True).to(tl.float32),
+            b.to(kind, bitcast=True).to(tl.float32),
+            c.to(kind, bitcast=True).to(tl.float32),
+            d.to(kind, bitcast=True).to(tl.float32),
+        )
+
+
+@triton.jit
+def load_word(pointer, inside):
+    """One int32, int16 or int8 each, sign-extended to int32, or one float16 as float32; zeros outside.
+
+    Like load_words: in the layout of the pointers.
+    """
+    if INTERPRETED:
+        found = tl.load(pointer, mask=inside, other=0)
+        return found.to(tl.float32 if found.dtype == tl.float16 else tl.int32)
+    elif pointer.dtype.element_ty == tl.float16:
+        half = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b16 $0, 0; @p ld.global.b16 $0, [$1]; }",
+            "=&h,l,r", [pointer, inside.to(tl.int32)], dtype=tl.int16, is_pure=False, pack=1,
+        )  # fmt: skip
+        return half.to(tl.float16, bitcast=True).to(tl.float32)
+    elif pointer.dtype.element_ty == tl.int8:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.s8 $0, [$1]; }",
+            "=&r,l,r", [pointer, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    elif pointer.dtype.element_ty == tl.int16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.s16 $0, [$1]; }",
+            "=&r,l,r", [pointer, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
+            "=&r,l,r", [pointer, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def quantize_quad(a, b, c, d, inverse):
+    """Four int8 in a word: each value times ``inverse``, rounded to the nearest even."""
     # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
-    low = ((lo * inverse + 12582912.0).to(tl.int32, bitcast=True) & 255) << shift
-    upper = ((hi * inverse + 12582912.0).to(tl.int32, bitcast=True) & 255) << shift
-    return tl.sum(low, 3), tl.sum(upper, 3), largest * (1.0 / 127.0)
+    first = (a * inverse + 12582912.0).to(tl.int32, bitcast=True) & 255
+    second = ((b * inverse + 12582912.0).to(tl.int32, bitcast=True) & 255) << 8
+    third = ((c * inverse + 12582912.0).to(tl.int32, bitcast=True) & 255) << 16
+    fourth = (d * inverse + 12582912.0).to(tl.int32, bitcast=True) << 24
+    return (first | second) | (third | fourth)
 
 
 @triton.jit
@@ -75,5 +179,5 @@ def dot_bfloat16(a, b, acc):
     """acc + a @ b of bfloat16 operands, summed in float32."""
     if INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:  # noqa: RET505
+    else:
         return tl.dot(a, b, acc)

@@ -16,7 +16,7 @@ MATVEC = {
     "resident": Tiles("resident", rows=4, groups=16, tokens=2, warps=1),
     "resident, several tiles": Tiles("resident", rows=2, groups=16, tokens=4, warps=1, repeats=3),
     "streamed": Tiles("streamed", rows=4, groups=8, tokens=2, warps=1),
-    "streamed, masked": Tiles("streamed", rows=2, groups=4, tokens=4, warps=1),
+    "streamed, masked": Tiles("streamed", rows=8, groups=4, tokens=4, warps=1),
 }
 TILE = Tiles("tile", rows=16, groups=2, tokens=16, warps=1)
 

@@ -43,16 +43,16 @@ def values(
             shift = 8 * (i % 4) + 2 * (i // 4)
             lo |= ((tl.load(high + at * 2, mask=inside, other=0)[:, :, None] >> shift) & 3) << 4
             hi |= ((tl.load(high + at * 2 + 1, mask=inside, other=0)[:, :, None] >> shift) & 3) << 4
-    dd = tl.load(d + over, mask=inside, other=0.0)
+    dd = tl.load(d + over, mask=inside, other=0.0).to(tl.float32)
     mm = dd
-    sd = dd
-    sm = dd
+    sd = at
+    sm = at
     if MIN_SIGN != 0:
-        mm = tl.load(m + over, mask=inside, other=0.0)
+        mm = tl.load(m + over, mask=inside, other=0.0).to(tl.float32)
     if SUB:
-        sd = tl.load(sub_d + at, mask=inside, other=0)
+        sd = tl.load(sub_d + at, mask=inside, other=0).to(tl.int32)
         if MIN_SIGN != 0:
-            sm = tl.load(sub_m + at, mask=inside, other=0)
+            sm = tl.load(sub_m + at, mask=inside, other=0).to(tl.int32)
     scale, minimum = half(dd, mm, sd, sm, False, GROUP, 0, MIN_SIGN, SUB)
     # 2**23 + q is the float with q in its low bits: cheaper than a conversion, and exact.
     base: tl.constexpr = 8388608.0 + (128 if BITS == 8 else OFFSET)
