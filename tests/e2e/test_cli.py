@@ -64,7 +64,9 @@ def test_bad_input_is_one_line_and_code_2(tiny: str, tmp_path: Path, arguments: 
 def test_ctrl_c_ends_generate_quietly(tiny: str) -> None:
     command = [*PROGRAM, "generate", tiny, "-", "--device", "cpu"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        time.sleep(1.0)  # it is still starting or waits for its prompt: both end the same way
+        assert process.stdin is not None
+        process.stdin.write(b"word " * 100_000)  # more than a pipe holds: afterwards the program has begun to read
+        process.stdin.flush()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
