@@ -138,23 +138,30 @@ def candidates(p: Product) -> Iterator[Tiles]:
     chunks = [t for t in (1, 2, 4, 8) if t <= top and (t == min(top, 8) or top > t >= 2)]
     int8 = p.m <= 16 or n * p.k <= 2**21
     for tokens in chunks if int8 else []:
-        for deep, warps, repeats in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)):
-            rows = deep * max(1, warps * 32 // groups)
-            words = rows * groups * 4 / (32 * warps) * (2 if p.gated else 1)
+        for rows, warps, repeats in itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8)):
+            slots = rows * groups * 4 / (32 * warps) * (2 if p.gated else 1)  # of a thread
             programs = n / (rows * repeats) * max(1, p.m / tokens)
             if (
-                groups <= 256
-                and tokens <= 4
-                and words * tokens * max(1, groups / 32 / warps) <= 128
+                groups <= 128
+                and 1 <= slots <= 64
+                and slots * tokens <= 256
+                and tokens * groups * 4 / (32 * warps) <= 16
                 and (repeats == 1 or programs >= 132)
                 and programs <= 20000
-                and rows <= n
+                and (n < 4096 or (rows * repeats >= 8 and rows >= 4 and slots >= 4))
+                and (n < 40000 or rows * repeats >= 16)
             ):
                 yield Tiles("resident", rows, groups, tokens, warps, repeats)
         for deep, wide, warps in itertools.product((1, 2, 4, 8), (16, 32, 64, 128), (1, 2, 4)):
             rows = deep * max(1, warps * 32 // wide)
             words = rows * wide * 4 / (32 * warps)
-            if p.k >= 1024 and wide <= groups and words * tokens <= 128 and n / rows <= 40000:
+            if (
+                p.k >= 1024
+                and wide <= groups
+                and words * tokens <= 128
+                and (n < 4096 or words >= 8)
+                and n / rows <= 40000
+            ):
                 yield Tiles("streamed", rows, wide, tokens, warps)
     if p.m > 8:
         for rows, wide, warps, splits, stages in itertools.product(

@@ -48,18 +48,18 @@ def block_linear(
         planes = pairs(words, d, high, m, sub_d, sub_m, KINDS[kind])
         after = (bias if bias is not None else d, residual if residual is not None else out, out, tokens, n, k)
         flags = (bias is not None, residual is not None, gated)
-        width = max(1, tiles.warps * 32 // tiles.groups)  # rows of W side by side over the threads
-        assert tiles.rows % width == 0, f"{tiles} leaves threads without a row"
         if tiles.path == "resident":
             if (x.data_ptr() | x.stride(0) * x.element_size()) % 16:  # the kernel loads four elements at a time
                 x = x.clone(memory_format=torch.contiguous_format)
             grid = (triton.cdiv(n, tiles.rows * tiles.repeats), triton.cdiv(tokens, tiles.tokens))
             _resident_kernel[grid](
                 x, x.stride(0), norm if norm is not None else d, eps, *planes, *after, *constants,
-                tiles.rows // width, width, tiles.groups, tiles.repeats, tiles.tokens, norm is not None, *flags,
+                tiles.rows, tiles.groups, tiles.repeats, tiles.tokens, norm is not None, *flags,
                 num_warps=tiles.warps, **options,
             )  # fmt: skip
         else:
+            width = max(1, tiles.warps * 32 // tiles.groups)  # rows of W side by side over the threads
+            assert tiles.rows % width == 0, f"{tiles} leaves threads without a row"
             quantized, scales = rms_norm_quantize(x, norm, eps)
             grid = (triton.cdiv(n, tiles.rows), triton.cdiv(tokens, tiles.tokens))
             _streamed_kernel[grid](
@@ -192,15 +192,14 @@ def default_tiles(n: int, k: int, m: int, multiprocessors: int) -> Tiles:
     if m > 192:
         return Tiles("gemm", rows=8, groups=8, tokens=0, warps=4)
     if m <= 8 or n * k <= 2**21:
-        tokens = min(triton.next_power_of_2(m), 4)
-        if groups * tokens <= 128:
-            warps = 4 if groups >= 16 else 1
-            width = max(1, warps * 32 // groups)
-            rows = width * (2 if n >= multiprocessors * 4 * width else 1)
+        tokens = min(triton.next_power_of_2(m), 8)
+        if groups * tokens <= 256:
+            warps = max(1, min(4, groups // 8))
+            rows = 4 if n <= multiprocessors * 8 else 8
             programs = triton.cdiv(n, rows) * triton.cdiv(m, tokens)
             repeats = max(1, min(16, programs // (multiprocessors * 8)))
             return Tiles("resident", rows=rows, groups=groups, tokens=tokens, warps=warps, repeats=repeats)
-        return Tiles("streamed", rows=8, groups=min(groups, 32), tokens=tokens, warps=4)
+        return Tiles("streamed", rows=8, groups=min(groups, 32), tokens=min(tokens, 4), warps=4)
     tokens = max(16, min(64, triton.next_power_of_2(m)))
     programs = triton.cdiv(n, 64) * triton.cdiv(m, tokens)
     splits = max(1, min(8, multiprocessors * 2 // programs, k // 512))

@@ -1,13 +1,14 @@
 """Block-quantized products for few rows of x: int8 activations, dp4a, exact integer sums within a group.
 
-Everything is a tensor [ROWS, R, W, NG] or one that broadcasts to it: rows of x, rows of W as R · W, groups of 32
-columns. NG · W is the number of threads, so a thread holds whole groups: its quads are separate tensors, and nothing is
-exchanged between threads but the sums over groups at the end. (Each warp quantizes all of x for itself; that is cheaper
-than sharing it.)
+Two kernels, in both of which a thread's quads are separate tensors, loaded by itself in the layout in which they are
+used: Triton would choose another for a tensor with an axis of words, and move it through shared memory.
 
-In ``_resident_kernel`` each program quantizes its rows of x and keeps them in registers over TILES tiles of W, which
-saves a kernel and its launch. Where x is too long for that, ``_streamed_kernel`` reads rows that were quantized before
-and walks along the columns.
+``_resident_kernel``: each program quantizes its rows of x and keeps them in registers over TILES tiles of W, which
+saves a kernel and its launch. Tensors are [ROWS, BN, NG, 4]: four threads hold a group of 32 columns, two quads each,
+and the warps share the columns, so that x is read and quantized once a program, in whole cache lines.
+
+``_streamed_kernel``: for longer x, which was quantized before. Tensors are [ROWS, R, W, NG]: a thread holds whole
+groups, 16 bytes of W a load; NG · W is the number of threads, and a program's rows of W are R · W.
 """
 
 from __future__ import annotations
@@ -150,118 +151,137 @@ def with_sums(w0, w1, w2, w3, w4, w5, w6, w7, scale, GROUP: tl.constexpr, NEEDED
 
 
 @triton.jit
-def load_group(pointer, inside):
-    """32 adjacent floats as a tuple of float32 tensors."""
-    a0, b0, c0, d0 = load_floats(pointer, inside)
-    a1, b1, c1, d1 = load_floats(pointer + 4, inside)
-    a2, b2, c2, d2 = load_floats(pointer + 8, inside)
-    a3, b3, c3, d3 = load_floats(pointer + 12, inside)
-    a4, b4, c4, d4 = load_floats(pointer + 16, inside)
-    a5, b5, c5, d5 = load_floats(pointer + 20, inside)
-    a6, b6, c6, d6 = load_floats(pointer + 24, inside)
-    a7, b7, c7, d7 = load_floats(pointer + 28, inside)
-    return (a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2, a3, b3, c3, d3,
-            a4, b4, c4, d4, a5, b5, c5, d5, a6, b6, c6, d6, a7, b7, c7, d7)  # fmt: skip
+def load_pair(
+    words, high, d, m, sub_d, sub_m, rows, g, j, KG: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
+):  # fmt: skip
+    """Quads j and j + 4 of groups g of rows, with the scale and the minimum of each: [1, BN, NG, 4].
 
-
-@triton.jit
-def quantized_quad(v, weight, t: tl.constexpr, inverse, NORM: tl.constexpr):
-    """Quad t of a group of values (times the norm's weights) as a word of int8."""
-    a, b, c, d = v[4 * t], v[4 * t + 1], v[4 * t + 2], v[4 * t + 3]
-    if NORM:
-        a *= weight[4 * t]
-        b *= weight[4 * t + 1]
-        c *= weight[4 * t + 2]
-        d *= weight[4 * t + 3]
-    return quantize_quad(a, b, c, d, inverse)
-
-
-@triton.jit
-def quantize(v, weight, NORM: tl.constexpr):
-    """Eight words, the scale and the sum of squares of a group of 32 values, times the norm's weights where NORM.
-
-    The root mean square only scales a row: rounding to int8 is the same without it, so it is applied at the end.
+    rows: int32 [1, BN, 1, 1]. g: [1, 1, NG, 4]. j: [1, 1, NG, 4], 0 … 3. Groups from KG on read as zeros.
     """
-    first = tl.zeros_like(v[0])
-    second = tl.zeros_like(v[0])
-    even = tl.zeros_like(v[0])
-    odd = tl.zeros_like(v[0])
-    for i in tl.static_range(16):
-        if NORM:
-            even += v[2 * i] * v[2 * i]
-            odd += v[2 * i + 1] * v[2 * i + 1]
-            first = tl.maximum(first, tl.abs(v[2 * i] * weight[2 * i]))
-            second = tl.maximum(second, tl.abs(v[2 * i + 1] * weight[2 * i + 1]))
-        else:
-            first = tl.maximum(first, tl.abs(v[2 * i]))
-            second = tl.maximum(second, tl.abs(v[2 * i + 1]))
-    largest = tl.maximum(first, second)
-    inverse = 127.0 / tl.maximum(largest, 1e-30)
-    return (
-        quantized_quad(v, weight, 0, inverse, NORM),
-        quantized_quad(v, weight, 1, inverse, NORM),
-        quantized_quad(v, weight, 2, inverse, NORM),
-        quantized_quad(v, weight, 3, inverse, NORM),
-        quantized_quad(v, weight, 4, inverse, NORM),
-        quantized_quad(v, weight, 5, inverse, NORM),
-        quantized_quad(v, weight, 6, inverse, NORM),
-        quantized_quad(v, weight, 7, inverse, NORM),
-        largest * (1.0 / 127.0),
-        even + odd,
-    )
+    SUB: tl.constexpr = GROUP != SUPER
+    at = rows * KG + g
+    inside = (rows >= 0) & (g < KG)
+    if BITS == 8:
+        lower = load_word(words + at * 8 + j, inside)
+        upper = load_word(words + at * 8 + j + 4, inside)
+    else:
+        word = load_word(words + at * 4 + j, inside)
+        lower = word & 0x0F0F0F0F
+        upper = (word >> 4) & 0x0F0F0F0F
+        if BITS == 5:
+            bits = load_word(high + at, inside)
+            lower |= ((bits >> j) & 0x01010101) << 4
+            upper |= ((bits >> (j + 4)) & 0x01010101) << 4
+        if BITS == 6:
+            lower |= ((load_word(high + at * 2, inside) >> (2 * j)) & 0x03030303) << 4
+            upper |= ((load_word(high + at * 2 + 1, inside) >> (2 * j)) & 0x03030303) << 4
+    over = rows * (KG * 32 // SUPER) + g // (SUPER // 32)
+    dd = load_word(d + over, inside)
+    mm, sd, sm = dd, at, at
+    if MIN_SIGN != 0:
+        mm = load_word(m + over, inside)
+    if SUB:
+        sd = load_word(sub_d + at, inside)
+        if MIN_SIGN != 0:
+            sm = load_word(sub_m + at, inside)
+    scale, minimum = half(dd, mm, sd, sm, False, GROUP, OFFSET, MIN_SIGN, SUB)
+    if GROUP == 32:
+        return lower, upper, scale, minimum, scale, minimum
+    else:
+        scale_up, minimum_up = half(dd, mm, sd, sm, True, GROUP, OFFSET, MIN_SIGN, SUB)
+        return lower, upper, scale, minimum, scale_up, minimum_up
+
+
+@triton.jit
+def pair_sums(tile, x_lower, x_upper, x_scale, sum_lower, sum_upper, GROUP: tl.constexpr, SUMS: tl.constexpr):
+    """The sums over all columns of a tile's products: float32 [ROWS, BN]."""
+    shape: tl.constexpr = (x_lower.shape[0], tile[0].shape[1], tile[0].shape[2], 4)
+    zero = tl.zeros(shape, tl.int32)
+    first = dp4a(tl.broadcast_to(tile[0], shape), tl.broadcast_to(x_lower, shape), zero)
+    if GROUP == 32:
+        both = dp4a(tl.broadcast_to(tile[1], shape), tl.broadcast_to(x_upper, shape), first)
+        total = both.to(tl.float32) * (tile[2] * x_scale)
+        if SUMS:
+            total += tile[3] * (sum_lower + sum_upper)
+    else:
+        second = dp4a(tl.broadcast_to(tile[1], shape), tl.broadcast_to(x_upper, shape), zero)
+        total = (first.to(tl.float32) * tile[2] + second.to(tl.float32) * tile[4]) * x_scale
+        if SUMS:
+            total += tile[3] * sum_lower + tile[5] * sum_upper
+    return tl.sum(tl.sum(total, 3), 2)
 
 
 @triton.jit
 def _resident_kernel(
     x, stride_x, norm, eps, words, high, d, m, sub_d, sub_m, bias, residual, out, M, N, K: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, NG: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    BN: tl.constexpr, NG: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     trigger(PDL)
     KG: tl.constexpr = K // 32
-    BN: tl.constexpr = R * W
-    SUB: tl.constexpr = GROUP != SUPER
-    MIN: tl.constexpr = MIN_SIGN != 0
-    g = tl.arange(0, NG)[None, None, None, :]
-    local = tl.arange(0, R)[None, :, None, None] * W + tl.arange(0, W)[None, None, :, None]
+    SUMS: tl.constexpr = MIN_SIGN != 0 or OFFSET != 0
+    j = tl.arange(0, 4)[None, None, None, :]
+    g = tl.arange(0, NG)[None, None, :, None] + j * 0
+    j = j + g * 0
     start = tl.program_id(0) * (BN * TILES)
     last = tl.minimum(start + BN * TILES, N) - 1
+    local = tl.arange(0, BN)[None, :, None, None]
     rows = tl.minimum(start + local, last)
-    tile = load_tile(words, high, d, m, sub_d, sub_m, rows, g, KG, BITS, SUPER, MIN, SUB)
+    tile = load_pair(words, high, d, m, sub_d, sub_m, rows, g, j, KG, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
     twin = tile
     if GATE is not None:
-        twin = load_tile(words, high, d, m, sub_d, sub_m, rows + N, g, KG, BITS, SUPER, MIN, SUB)
+        twin = load_pair(words, high, d, m, sub_d, sub_m, rows + N, g, j, KG, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None, None, None]
-    lane = tl.arange(0, W)[None, None, :, None] * 0 + g  # [1, 1, W, NG], so that every warp loads x for itself
-    weight = (lane,)
+    column = g * 32 + j * 4
     if NORM:
-        weight = load_group(norm + lane * 32, lane < KG)
-    flat_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None, None]
-    flat_local = tl.arange(0, R)[None, :, None] * W + tl.arange(0, W)[None, None, :]
+        p0, p1, p2, p3 = load_floats(norm + column, g < KG)
+        p4, p5, p6, p7 = load_floats(norm + column + 16, g < KG)
     wait(PDL)
-    values = load_group(x + row * stride_x + lane * 32, (row < M) & (lane < KG))
-    w0, w1, w2, w3, w4, w5, w6, w7, scale, squares = quantize(values, weight, NORM)
-    quantized = with_sums(w0, w1, w2, w3, w4, w5, w6, w7, scale, GROUP, MIN or OFFSET != 0)
+    inside = (row < M) & (g < KG)
+    v0, v1, v2, v3 = load_floats(x + row * stride_x + column, inside)
+    v4, v5, v6, v7 = load_floats(x + row * stride_x + column + 16, inside)
+    if NORM:
+        # The root mean square only scales a row: rounding to int8 is the same without it, so it is applied at the end.
+        squares = (v0 * v0 + v1 * v1 + v2 * v2 + v3 * v3) + (v4 * v4 + v5 * v5 + v6 * v6 + v7 * v7)
+        v0, v1, v2, v3 = v0 * p0, v1 * p1, v2 * p2, v3 * p3
+        v4, v5, v6, v7 = v4 * p4, v5 * p5, v6 * p6, v7 * p7
+    low = tl.maximum(tl.maximum(tl.abs(v0), tl.abs(v1)), tl.maximum(tl.abs(v2), tl.abs(v3)))
+    upp = tl.maximum(tl.maximum(tl.abs(v4), tl.abs(v5)), tl.maximum(tl.abs(v6), tl.abs(v7)))
+    largest = tl.max(tl.maximum(low, upp), 3, keep_dims=True) + tl.zeros_like(low)
+    inverse = 127.0 / tl.maximum(largest, 1e-30)
+    x_lower = quantize_quad(v0, v1, v2, v3, inverse)
+    x_upper = quantize_quad(v4, v5, v6, v7, inverse)
+    x_scale = largest * (1.0 / 127.0)
+    sum_lower = x_scale
+    sum_upper = x_scale
+    if SUMS:
+        ones = tl.full(x_lower.shape, 0x01010101, tl.int32)
+        sum_lower = dp4a(x_lower, ones, tl.zeros_like(x_lower)).to(tl.float32) * x_scale
+        sum_upper = dp4a(x_upper, ones, tl.zeros_like(x_upper)).to(tl.float32) * x_scale
+    flat = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     for i in range(TILES):
-        n = start + i * BN + flat_local
-        store = (n < N) & (flat_row < M)
-        where = flat_row * N + n
+        n = start + i * BN + tl.arange(0, BN)[None, :]
+        store = (n < N) & (flat < M)
+        where = flat * N + n
         if RESIDUAL:
             added = tl.load(residual + where, mask=store, other=0.0)
         if TILES > 1:  # the next tile's loads are under way while this one is multiplied
             rows = tl.minimum(start + (i + 1) * BN + local, last)
-            next_tile = load_tile(words, high, d, m, sub_d, sub_m, rows, g, KG, BITS, SUPER, MIN, SUB)
+            next_tile = load_pair(words, high, d, m, sub_d, sub_m, rows, g, j, KG, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
             if GATE is not None:
-                next_twin = load_tile(words, high, d, m, sub_d, sub_m, rows + N, g, KG, BITS, SUPER, MIN, SUB)
-        y = tl.sum(products(tile, quantized, BITS, GROUP, OFFSET, MIN_SIGN, SUB), 3)
+                next_twin = load_pair(
+                    words, high, d, m, sub_d, sub_m, rows + N, g, j, KG, BITS, GROUP, SUPER, OFFSET, MIN_SIGN
+                )
+        y = pair_sums(tile, x_lower, x_upper, x_scale, sum_lower, sum_upper, GROUP, SUMS)
         if NORM:
-            root = tl.rsqrt(tl.sum(squares, 3) / K + eps)
+            root = tl.rsqrt(tl.sum(tl.sum(squares, 3), 2) / K + eps)
             y *= root
         if BIAS:
             y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
         if GATE is not None:
-            up = tl.sum(products(twin, quantized, BITS, GROUP, OFFSET, MIN_SIGN, SUB), 3)
+            up = pair_sums(twin, x_lower, x_upper, x_scale, sum_lower, sum_upper, GROUP, SUMS)
             if NORM:
                 up *= root
             if BIAS:
