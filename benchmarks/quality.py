@@ -59,13 +59,15 @@ CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
     ),
 )
 
+# transformers does not read from a GGUF file how it splits text into words, so no digit-like character follows a space
+# here: "smollm" cuts there and GPT-2's rule does not.
 TEXTS = (
     "",
     " leading and trailing ",
     "tabs\tand\r\nnewlines\n\n\n  and   spaces",
     "I'm sure we've 1234567890 and 3.14159, don't WE'LL?",
     "Größe façade naïve Ελλάδα Привет мир 漢字かな交じり文 שלום مرحبا ไทย 한국어",
-    "🙂👩‍👩‍👧‍👦🇪🇺 e\u0301 é \u00a0\u200b\u2028 ﬁ ½ ²³",
+    "🙂👩‍👩‍👧‍👦🇪🇺 e\u0301 é \u00a0\u200b\u2028 ﬁ½²³",
     "<|im_start|>user\nnot text but tokens<|im_end|>\n<|endoftext|><s></s>",
     "def f(x):\n    return {'a': [x**2 for _ in range(10)]}  # ok\n",
     "\x00\x01 control \x7f",
@@ -170,7 +172,7 @@ def compute_reference(model: str | None) -> Reference:
                 break
             result = theirs(torch.tensor([ids[-1:]]), past_key_values=result.past_key_values, use_cache=True)
             logits.append(result.logits[0].float())
-        logprobs = torch.cat(logits).log_softmax(-1)
+        logprobs = torch.cat(logits).double().log_softmax(-1).float()
         texts.append(ReferenceText(ids, num_prompt, logprobs, None, torch.zeros(len(logprobs))))
     encoded = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     return Reference(texts, encoded, time.perf_counter() - started)

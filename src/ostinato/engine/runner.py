@@ -115,6 +115,10 @@ class Runner:
                 self.sampler.step(logits, self.buffers.slots[slot : slot + 1])
                 self._read[slot] = self.launched[slot]  # steps of other slots meanwhile published nothing for it
                 self.launched[slot] += 1
+            else:
+                # Steps of other slots may run before the next chunk, with this row idle in their bucket: what it then
+                # writes must go where that chunk will write over it.
+                self.buffers.positions[slot : slot + 1].fill_(start + count)
 
     def logits(self, slot: int, tokens: Sequence[int], start: int) -> torch.Tensor:
         """Logits after each of ``tokens``, float32 [n, vocab]: teacher forcing through the prefill path."""

@@ -6,7 +6,7 @@ from collections import deque
 
 from ostinato.engine.request import Request, Sequence, TokenEvent
 from ostinato.engine.runner import Runner
-from ostinato.errors import ContextLengthError, SamplingError
+from ostinato.errors import ContextLengthError, SamplingError, UsageError
 from ostinato.kernels.sample.buffers import MAX_STOP_IDS
 
 RUN_AHEAD = 4  # steps launched before the first of them is read: hides the host, wastes at most three steps at an end
@@ -30,7 +30,8 @@ class Scheduler:
     def add(self, request: Request, *, slot: int = -1, num_cached: int = 0) -> Sequence:
         """Queue a request. slot: one kept by an earlier sequence, whose KV holds ``num_cached`` tokens of the prompt.
 
-        Raises ContextLengthError if the prompt leaves no room for an answer, SamplingError for too many stop ids.
+        Raises ContextLengthError if the prompt leaves no room for an answer, SamplingError for too many stop ids and a
+        bias beyond the vocabulary, UsageError for token ids beyond it and for a slot that is not kept.
         """
         length = len(request.prompt)
         if length == 0:
@@ -42,6 +43,17 @@ class Scheduler:
             )
         if len(request.stop_ids) > MAX_STOP_IDS:
             raise SamplingError(f"at most {MAX_STOP_IDS} stop token ids, got {len(request.stop_ids)}")
+        vocab = self.runner.model.vocab_size
+        beyond = [token for token in request.prompt if not 0 <= token < vocab]
+        if beyond:
+            raise UsageError(f"the prompt has token id {beyond[0]}, which is not in the vocabulary of {vocab}")
+        biased = [token for token in request.params.logit_bias if token >= vocab]
+        if biased:
+            raise SamplingError(f"logit_bias: token id {biased[0]} is beyond the vocabulary of {vocab}")
+        if slot >= 0:
+            if slot not in self._parked:
+                raise UsageError(f"slot {slot} is not kept: it answers another request, or was given back")
+            self._parked.discard(slot)
         assert num_cached < length, "at least one token must run to give logits"
         sequence = Sequence(request, slot=slot, num_cached=num_cached, prefilled=num_cached)
         # One position less than the context holds: the last token drawn is never fed back.
@@ -54,8 +66,15 @@ class Scheduler:
         return bool(self._queue or self._running)
 
     def step(self) -> list[TokenEvent]:
-        """Advance everything by one step; returns the tokens that came back (possibly none)."""
+        """Advance everything by one step; returns the tokens that came back (possibly none).
+
+        Raises UsageError where nothing could ever advance: all slots are kept and a request waits for one.
+        """
         self._admit()
+        if self._queue and not self._running:
+            raise UsageError(
+                f"all {self.runner.num_slots} slots hold kept conversations; end one, or load with a larger batch"
+            )
         if self._prefill_chunk() and self.runner.is_synchronous:
             return self._collect(wait=False)  # the first token is here: a decode step would only delay it
         launched = self._launch()
@@ -71,6 +90,8 @@ class Scheduler:
             self._retire(sequence)
         elif sequence in self._queue:
             self._queue.remove(sequence)
+            if sequence.slot >= 0:
+                self._parked.add(sequence.slot)
 
     def keep(self, sequence: Sequence) -> None:
         """After its end ``sequence``'s slot stays taken, with its KV, until ``free``."""
@@ -84,17 +105,15 @@ class Scheduler:
             self._free.append(slot)
 
     def _admit(self) -> None:
-        while self._queue:
-            sequence = self._queue[0]
+        for sequence in list(self._queue):
             request = sequence.request
             need = len(request.prompt) + sequence.limit
             if sequence.slot < 0 and not self._free:
-                return
+                continue  # one further back may have a slot of its own
             slot = sequence.slot if sequence.slot >= 0 else min(self._free)
             if not self.runner.kv.can_hold(slot, need):
                 return
-            self._queue.popleft()
-            self._parked.discard(slot)
+            self._queue.remove(sequence)
             if slot in self._free:
                 self._free.remove(slot)
             sequence.slot = slot
