@@ -40,6 +40,18 @@ def in_torch(file: str) -> bool:
     return file.startswith(_TORCH_DIR)
 
 
+@cache
+def asks_as_user(file: str) -> bool:
+    """Whether code of this file should be told of the pretended device: the user's, and those parts of torch's Python
+    that run with the modes on (modules, optimizers). FakeTensor's own machinery must hear the truth."""
+    if not in_torch(file):
+        return True
+    rest = file[len(_TORCH_DIR) :].replace(os.sep, "/")
+    return rest.startswith(("optim/", "nn/modules/", "nn/utils/", "nn/attention/", "nn/parallel/", "distributions/", "cuda/", "amp/")) or (
+        rest in ("utils/_foreach_utils.py", "accelerator/__init__.py")
+    )
+
+
 def _walk(frame: FrameType | None, limit: int) -> list[Frame]:
     found: list[Frame] = []
     while frame is not None and len(found) < limit:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ostinato.check.finding import Frame
 from ostinato.check.frames import user_frame
 from ostinato.check.pretend.classify import op_base
+from ostinato.check.pretend.flatten import leaves
 from ostinato.check.pretend.world import StorageEntry, World
 
 Name = tuple[str, int]
@@ -190,7 +191,7 @@ class Recorder:
         self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: list[torch.Tensor]
     ) -> None:
         """Called before the operation runs: host values are read now, and state is saved."""
-        operands = tuple(self._operand(leaf) for leaf in tree_leaves((args, dict(kwargs))))
+        operands = tuple(self._operand(leaf) for leaf in leaves((args, dict(kwargs))))
         reads = tuple(o.name for o in operands if isinstance(o, TensorOperand))
         frozen_args: Any = ()
         frozen_kwargs: Any = {}
@@ -223,9 +224,8 @@ class Recorder:
         where = user_frame()
         self._follow(func, args, kwargs, inputs, outputs, where)
         base = op_base(func)
-        if base in ("lift_fresh", "detach", "alias") and not self.keep:
-            return
-        self.operations.append(Operation(str(func), operands, where, reads, writes))
+        if base not in ("lift_fresh", "detach", "alias"):
+            self.operations.append(Operation(str(func), operands, where, reads, writes))
         if self.keep:
             with world.mute():
                 kept = [o.detach() if o.layout == torch.strided else o for o in outputs]
@@ -286,5 +286,5 @@ def _written(world: World, func: torch._ops.OpOverload, args: tuple[Any, ...], k
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[index] if index < len(args) else kwargs.get(argument.name)
-            found.extend(world.entry(t) for t in tree_leaves(value) if isinstance(t, torch.Tensor))
+            found.extend(world.entry(t) for t in leaves(value) if isinstance(t, torch.Tensor))
     return found

@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ostinato.check.finding import Finding, Frame, Severity
+from ostinato.errors import CheckError
 
 
 class ExitCode(enum.IntEnum):
@@ -84,3 +85,30 @@ class Report:
 def sorted_findings(findings: list[Finding]) -> tuple[Finding, ...]:
     """The worst first; within a severity by file and line, so that a file's findings stay together."""
     return tuple(sorted(findings, key=lambda f: (-f.severity, f.where.file, f.where.line, f.rule.code)))
+
+
+def merged(reports: list[tuple[str, Report]], target: str) -> Report:
+    """Several variants as one report: the same finding in several of them names them."""
+    if not reports:
+        raise CheckError(f"{target}: no variant could be run")
+    found: dict[tuple[str, str, int, str], Finding] = {}
+    for variant, report in reports:
+        for finding in report.findings:
+            key = (finding.rule.code, finding.where.file, finding.where.line, finding.op)
+            before = found.get(key)
+            names = f"{before.variant}, {variant}" if before is not None else variant
+            base = finding if before is None or finding.severity > before.severity else before
+            found[key] = replace(base, variant=names)
+    ran = {(f.rule.code, f.where.file, f.where.line) for f in found.values() if f.found_by != "static"}
+    kept = [f for f in found.values() if f.found_by != "static" or (f.rule.code, f.where.file, f.where.line) not in ran]
+    return replace(
+        reports[0][1],
+        target=target,
+        findings=sorted_findings(kept),
+        passes=tuple(replace(p, name=f"{p.name} ({v})") for v, r in reports for p in r.passes),
+        num_regions=sum(r.num_regions for _, r in reports),
+        num_ops=sum(r.num_ops for _, r in reports),
+        partial="; ".join(f"{v}: {r.partial}" for v, r in reports if r.partial),
+        notes=tuple(f"{v}: {n}" for v, r in reports for n in r.notes),
+        not_reached=tuple(dict.fromkeys(f for _, r in reports for f in r.not_reached)),
+    )

@@ -7,6 +7,8 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +22,17 @@ from ostinato.check.pretend import Gpu, World, pretence
 from ostinato.check.record import Recorder
 from ostinato.check.result import PassRun, Report, sorted_findings
 from ostinato.check.rules import RULES
+from ostinato.check.static import scan_file
 from ostinato.check.subject import Call, Subject, adopt
+from ostinato.check.suppress import apply_suppressions
 from ostinato.check.tape import Tape, TapeMismatch, cloned, compare_with_eager
 from ostinato.check.trace import Difference, compare_calls
-from ostinato.errors import CheckError
+from ostinato.errors import CheckError, OstinatoError
 
 _SEED = 20_000
 _MIN_CALLS = 4
 _CAPTURED_CALL = 1
+_LEAKING_OPS = frozenset(f"aten.{n}" for n in "_local_scalar_dense.default item.default is_nonzero.default equal.default allclose.default copy_.default".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,15 @@ class Settings:
     gpu: Gpu = Gpu()
     torch_version: str | None = None
     coverage: bool = True
+
+
+def leaks(finding: Finding) -> bool:
+    """Whether a capture error gave device data to Python: what differs between calls may then follow from the data."""
+    if finding.severity is not Severity.ERROR:
+        return False
+    if finding.rule.name in ("DYNAMIC_SHAPE", "RAISED"):
+        return True
+    return finding.rule.name == "D2H_SYNC" and (not finding.op.startswith("aten.") or finding.op in _LEAKING_OPS)
 
 
 class RegionRaisedError(CheckError):
@@ -94,7 +108,7 @@ def check_subject(
         try:
             subject = make()
             num_adopted = adopt(world, subject) if adopts else 0
-        except CheckError:
+        except OstinatoError:
             raise
         except Exception as error:
             where = raised_at(error.__traceback__)
@@ -116,7 +130,7 @@ def check_subject(
         notes.append(table.note)
     return Report(
         target=target,
-        findings=sorted_findings(findings),
+        findings=sorted_findings(apply_suppressions(findings + _unreached(run.lines), dict(run.lines.lines))),
         passes=tuple(passes),
         num_regions=run.num_done,
         num_ops=run.num_ops,
@@ -127,6 +141,24 @@ def check_subject(
         not_reached=tuple(run.lines.branches_not_reached()),
         torch_version=torch.__version__,
     )
+
+
+@cache
+def _scanned(file: str) -> tuple[Finding, ...]:
+    return tuple(scan_file(Path(file))) if Path(file).is_file() else ()
+
+
+def _unreached(lines: LinesRun) -> list[Finding]:
+    """What the source says of branches that no call reached, in functions that ran: at most warnings."""
+    found: list[Finding] = []
+    for file, ran in lines.lines.items():
+        inside = lines.functions_run(file)
+        for finding in _scanned(file):
+            if finding.where.line in ran or finding.where.line not in inside:
+                continue
+            text = f"in a branch that no call reached: {finding.message}"
+            found.append(replace(finding, severity=min(finding.severity, Severity.WARNING), certainty=Certainty.SUSPECT, message=text))
+    return found
 
 
 class _Run:
@@ -227,18 +259,14 @@ class _Run:
     def conclude(self) -> list[Finding]:
         """All findings of the run."""
         violations = self._violations()
-        has_errors = any(f.severity is Severity.ERROR for f in violations)
         found = list(violations)
         differences = self._differences()
-        if has_errors:
+        if any(leaks(f) for f in violations):
             if differences:
                 self.notes.append(f"{len(differences)} differences between calls may follow from the capture errors: fix those first")
             return found
-        taken = {(f.where.file, f.where.line) for f in found if f.severity >= Severity.HAZARD}
-        for difference in differences:
-            found.append(self._hazard(difference))
-            taken.add((difference.where.file, difference.where.line))
-        found += self._from_dataflow(taken)
+        found += [self._hazard(difference) for difference in differences]
+        found += self._from_dataflow(found)
         if self.mismatches:
             found = self._with_tape(found)
         return found
@@ -281,11 +309,13 @@ class _Run:
             assumed=self.world.target.assumed(self.world.table.version),
         )
 
-    def _from_dataflow(self, taken: set[tuple[str, int]]) -> list[Finding]:
+    def _from_dataflow(self, hazards: list[Finding]) -> list[Finding]:
         """Freed inputs, values frozen in the first call, inputs that nothing reads; at lines without a hazard."""
+        taken = {(f.where.file, f.where.line) for f in hazards if f.severity >= Severity.HAZARD}
         found: dict[tuple[str, Frame], Finding] = {}
+        rebinds = any(f.found_by == "trace" for f in hazards)  # then old state dies with every call
         for where, shape in self.freed:
-            if (where.file, where.line) not in taken:
+            if not rebinds and (where.file, where.line) not in taken:
                 text = f"the tensor of shape {list(shape)} that is read here did not outlive the call"
                 found["freed", where] = self._finding("FREED_INPUT", text, "free", where, "trace")
         if len(self.recorders) < 2:

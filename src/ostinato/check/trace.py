@@ -42,15 +42,14 @@ def _compare_operands(first: Operation, second: Operation) -> list[Difference]:
         if a == b:
             continue
         if isinstance(a, TensorOperand) and isinstance(b, TensorOperand):
-            if a.name != b.name:
-                if "ext" in (a.name[0], b.name[0]):
-                    what = "another tensor from outside" if a.name[0] == b.name[0] else _role(b.name)
-                    add("STALE_INPUT", f"one call reads {_role(a.name)}, the next {what}: a replay reads the first again")
-                else:
-                    add("CONTROL_FLOW", f"one call reads {_role(a.name)}, the next {_role(b.name)}")
             if a.shape != b.shape:
                 add("SHAPE_CHANGES", f"shape {list(a.shape)} in one call, {list(b.shape)} in the next")
-            elif a.name == b.name and (a.offset, a.stride) != (b.offset, b.stride):
+            elif a.name != b.name and "ext" in (a.name[0], b.name[0]):
+                what = "another tensor from outside" if a.name[0] == b.name[0] else _role(b.name)
+                add("STALE_INPUT", f"one call reads {_role(a.name)}, the next {what}: a replay reads the first again")
+            elif a.name != b.name:
+                add("CONTROL_FLOW", f"one call reads {_role(a.name)}, the next {_role(b.name)}")
+            elif (a.offset, a.stride) != (b.offset, b.stride):
                 add("BAKED_OFFSET", f"offset {a.offset} in one call, {b.offset} in the next")
         elif isinstance(a, HostOperand) and isinstance(b, HostOperand):
             if a.shape != b.shape:

@@ -14,7 +14,7 @@ import torch.cuda.graphs
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ostinato.check.finding import Severity
-from ostinato.check.frames import in_torch
+from ostinato.check.frames import asks_as_user
 from ostinato.check.pretend.generator import PretendGenerator
 from ostinato.check.pretend.graph import make_graph_classes
 from ostinato.check.pretend.streams import StreamContext, make_classes
@@ -82,7 +82,7 @@ def _by_caller(pretended: Any, real: Callable[..., Any]) -> Callable[..., Any]:
     """Answer the checked code with the pretence, and torch's own code with the truth: FakeTensorMode asks too."""
 
     def answer(*args: Any, **kwargs: Any) -> Any:
-        if in_torch(sys._getframe(1).f_code.co_filename) and "fake_tensor" in sys._getframe(1).f_code.co_filename:
+        if not asks_as_user(sys._getframe(1).f_code.co_filename):
             return real(*args, **kwargs)
         return pretended(*args, **kwargs) if callable(pretended) else pretended
 
@@ -275,21 +275,67 @@ def pretended_cuda(world: World) -> Iterator[None]:
         _patch_streams(world, patches)
         _patch_violations(world, patches)
         _patch_optimizers(world, patches)
+        _patch_grouping(world, patches)
         _patch_autocast(patches)
         _patch_load(world, patches)
         _patch_triton(world, patches)
         if world.is_meta:
-            patches.put(FakeTensor, "device", property(_fake_device(world)))
+            _patch_fake_modules(world, patches)
         yield
     finally:
         patches.undo()
+
+
+def _patch_grouping(world: World, patches: Patches) -> None:
+    """``foreach`` optimizers group tensors in C++, which sees the real device."""
+    real = torch._C._group_tensors_by_device_and_dtype
+
+    def group(lists: Any, with_indices: bool = False) -> dict[Any, Any]:
+        groups: dict[Any, Any] = {}
+        for (device, dtype), (members, indices) in real(lists, with_indices).items():
+            for position, tensor in enumerate(members[0]):
+                key = (world.device_of(tensor) or device, dtype)
+                found, order = groups.setdefault(key, ([[] for _ in members], []))
+                for column, values in zip(found, members, strict=True):
+                    if values:
+                        column.append(values[position])
+                if with_indices:
+                    order.append(indices[position])
+        return groups
+
+    patches.put(torch._C, "_group_tensors_by_device_and_dtype", group)
+
+
+def _patch_fake_modules(world: World, patches: Patches) -> None:
+    """FakeTensor parameters cannot be swapped in place, as ``Module.to`` would: put new ones instead."""
+    patches.put(FakeTensor, "device", property(_fake_device(world)))
+    made: dict[int, tuple[Any, Any, Any]] = {}
+
+    def apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        with torch.no_grad():
+            for owned in (self._parameters, self._buffers):
+                for key, tensor in owned.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in made or made[id(tensor)][2] is not fn:
+                        moved: torch.Tensor = fn(tensor)
+                        is_parameter = isinstance(tensor, torch.nn.Parameter) and moved is not tensor
+                        moved = torch.nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
+                        made[id(tensor)] = (tensor, moved, fn)
+                    owned[key] = made[id(tensor)][1]
+        return self
+
+    patches.put(torch.nn.Module, "_apply", apply)
 
 
 def _fake_device(world: World) -> Callable[[FakeTensor], torch.device]:
     real = FakeTensor.device.fget  # type: ignore[attr-defined]  # FakeTensor.device is a Python property
 
     def device(self: FakeTensor) -> torch.device:
-        if not in_torch(sys._getframe(1).f_code.co_filename):
+        if asks_as_user(sys._getframe(1).f_code.co_filename):
             found = world.device_of(self)
             if found is not None:
                 return found

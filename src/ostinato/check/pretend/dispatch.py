@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ostinato.check.finding import Severity
 from ostinato.check.pretend.classify import classify, op_base
+from ostinato.check.pretend.flatten import tensors
 from ostinato.check.pretend.missing import MadeUp, needs_fallback, without_cpu_kernel
 from ostinato.check.pretend.world import UNPLACED, World, storage_key
 
@@ -36,15 +36,15 @@ class PretendDispatch(TorchDispatchMode):
         """Run the call; ``types`` is unused."""
         kwargs = dict(kwargs or {})
         world = self._world
-        if world.muted:
+        if world.muted or func.namespace == "prim":  # prim.device and the like: questions, not operations
             return self._run(func, args, kwargs)
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        inputs = tensors((args, kwargs))
         recorder = world.recorder if world.watching else None
         if recorder is not None:
             recorder.before(func, args, kwargs, inputs)
         sizes = _out_sizes(world, func, args, kwargs) if world.watching else []
         result = self._run(func, args, kwargs)
-        outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        outputs = tensors(result)
         if op_base(func) not in _FRESH:
             self._place(inputs, outputs)
         if world.watching:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device as default_device
-from torch.utils._pytree import tree_leaves
 
 from ostinato.check.finding import Severity
 from ostinato.check.frames import caller_is_user
+from ostinato.check.pretend.flatten import leaves as leaves_of
 from ostinato.check.pretend.generator import PretendGenerator
 from ostinato.check.pretend.transfer import report_transfer
 from ostinato.check.pretend.world import Placing, World
@@ -61,7 +61,7 @@ class PretendFunctions(TorchFunctionMode):
 
 def _general(world: World, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     """A call without a handler of its own: rewrite its device, let its factories inherit one."""
-    leaves = tree_leaves((args, kwargs))
+    leaves = leaves_of((args, kwargs))
     if any(isinstance(leaf, PretendGenerator) and not leaf.is_registered for leaf in leaves):
         world.report(
             "RNG_UNREGISTERED",
@@ -219,6 +219,11 @@ def _deepcopy(world: World, func: Callable[..., Any], args: Args, kwargs: dict[s
     return world.put(copied, device)
 
 
+@_handles(torch._C._nn._parse_to)
+def _parse_to(world: World, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)  # Module.to: its device is for the parameters, which pass through _to
+
+
 # ---------------------------------------------------------------------- reads by the host
 def _host_read(message: str) -> Handler:
     def handler(world: World, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
@@ -256,10 +261,14 @@ def _from_data(world: World, func: Callable[..., Any], args: Args, kwargs: dict[
         result = moved if dtype in (None, moved.dtype) else moved.to(dtype)
         return result.requires_grad_(True) if kwargs.get("requires_grad") else result
     pinned = bool(kwargs.pop("pin_memory", False))
-    with world.mute():
-        made = func(*args, **kwargs)
-    if any(isinstance(leaf, _T) and world.on_device(leaf) for leaf in tree_leaves(data)):
+    tensors = [leaf for leaf in leaves_of(data) if isinstance(leaf, _T)]
+    if any(map(world.on_device, tensors)):
         world.report("D2H_SYNC", Severity.ERROR, "device tensors in a Python list are read one by one", name)
+    with world.mute():
+        if tensors and world.is_meta:
+            made = torch.stack(tensors) if len(tensors) > 1 else tensors[0].clone()
+        else:
+            made = func(*args, **kwargs)
     world.put(made, None, pinned=pinned)
     if device is None:
         return made

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ostinato.check.finding import Severity
+from ostinato.check.finding import NOWHERE, Severity
+from ostinato.check.frames import raised_at
 from ostinato.check.pretend.generator import PretendGenerator
 from ostinato.check.pretend.streams import PretendStream, StreamState
 from ostinato.check.pretend.world import World
@@ -106,7 +107,11 @@ class _GraphContext:
         self.cuda_graph.capture_begin()
 
     def __exit__(self, *error: object) -> None:
-        """End it."""
+        """End it. An error that ends the capture is a finding."""
+        if isinstance(error[1], BaseException):
+            stack = raised_at(error[1].__traceback__) or (NOWHERE,)
+            text = f"{type(error[1]).__name__}: {error[1]}".splitlines()[0]
+            self.world.report("RAISED", Severity.ERROR, text, type(error[1]).__name__, stack=stack)
         self.cuda_graph.capture_end()
         if self._previous is not None:
             self.streams.current = self._previous

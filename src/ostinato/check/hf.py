@@ -1,0 +1,179 @@
+"""A decode step of a ``transformers`` model, built from its config alone, with random weights and its own caches.
+
+``transformers`` is optional: it is imported when an ``hf:`` target is checked. No rule here names a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ostinato.check.result import Report, merged
+from ostinato.check.session import Progress, Settings, check_subject, describe
+from ostinato.check.subject import Call, Subject
+from ostinato.errors import CheckError, UsageError
+
+_PROMPT = 5
+_NUM_STEPS = 5
+_NUM_META_STEPS = 4
+_MARGIN = 16
+_MAX_WINDOW = 512
+_MAX_META_WINDOW = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to decode: the kind of cache, and how long the prompt before the steps is."""
+
+    name: str
+    is_static: bool
+    prompt_length: int
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise UsageError(f"hf: targets need the package transformers ({error}): pip install transformers") from error
+
+
+def load_config(where: str) -> Any:
+    """The config at a path: a directory with ``config.json``, a JSON file, or the name of a model type.
+
+    Raises UsageError if it is none of these, or if transformers does not know it.
+    """
+    transformers = _transformers()
+    path = Path(where)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        if where in transformers.CONFIG_MAPPING:
+            return transformers.CONFIG_MAPPING[where]()
+        raise UsageError(f"no config at {where}: give a directory with config.json, a JSON file, or a model type")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    if kind not in transformers.CONFIG_MAPPING:
+        raise UsageError(f"{path} has model_type {kind!r}, which transformers {transformers.__version__} does not know")
+    return transformers.CONFIG_MAPPING[kind].from_dict(data)
+
+
+def _model_class(config: Any) -> Any:
+    transformers = _transformers()
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None and hasattr(found, "generate"):
+            return found
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) in mapping:
+        return mapping[type(config)]
+    raise UsageError(f"transformers has no causal language model for {type(config).__name__}: set architectures in the config")
+
+
+def wanted_dtype(config: Any, dtype: torch.dtype | None, *, is_meta: bool) -> torch.dtype:
+    """The dtype asked for, else the config's, else what transformers takes (float32), else bfloat16 at full size."""
+    found = dtype or getattr(config, "dtype", None) or (torch.bfloat16 if is_meta else torch.float32)
+    if isinstance(found, str):
+        found = getattr(torch, found)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def build_model(config: Any, dtype: torch.dtype | None, *, is_meta: bool) -> torch.nn.Module:
+    """The model on the (pretended) device, in eval mode, with random weights."""
+    made_for = _model_class(config)
+    wanted = wanted_dtype(config, dtype, is_meta=is_meta)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(wanted)
+    try:
+        if is_meta:
+            with importlib.import_module("transformers.initialization").no_init_weights():
+                model = made_for(config)
+        else:
+            model = made_for(config)
+    finally:
+        torch.set_default_dtype(before)
+    built: torch.nn.Module = model.to(device="cuda", dtype=wanted).eval()
+    return built
+
+
+def _window(config: Any) -> int | None:
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return window if isinstance(window, int) and window > 0 else None
+
+
+def _variants(config: Any, settings: Settings, cache: str) -> list[Variant]:
+    found: list[Variant] = []
+    if cache in ("all", "static"):
+        found.append(Variant("static cache", True, _PROMPT))
+        window = _window(config)
+        if window is not None and window <= (_MAX_META_WINDOW if settings.meta else _MAX_WINDOW):
+            found.append(Variant("static cache, window full", True, window + 1))
+    if cache in ("all", "dynamic"):
+        found.append(Variant("dynamic cache", False, _PROMPT))
+    if not found:
+        raise UsageError(f"cache {cache!r}: use static, dynamic or all")
+    return found
+
+
+def _make_cache(config: Any, model: torch.nn.Module, variant: Variant) -> Any:
+    transformers = _transformers()
+    if variant.is_static:
+        return transformers.StaticCache(config=config, max_cache_len=variant.prompt_length + _NUM_STEPS + _MARGIN)
+    return transformers.DynamicCache(config=config)
+
+
+def decode_subject(config: Any, dtype: torch.dtype | None, variant: Variant, *, is_meta: bool) -> Subject:
+    """A model after its prompt, and decode steps with one new token each. Token and position are device tensors.
+
+    Raises CheckError if the prompt cannot be run: that is not what is checked.
+    """
+    model = build_model(config, dtype, is_meta=is_meta)
+    vocabulary = config.get_text_config().vocab_size
+    try:
+        past = _make_cache(config, model, variant)
+        prompt = (torch.arange(variant.prompt_length, device="cuda") % vocabulary)[None]
+        with torch.no_grad():
+            model(input_ids=prompt, past_key_values=past, use_cache=True)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError, KeyError) as error:
+        raise CheckError(f"the prompt does not run with a {variant.name}: {describe(error)}") from error
+
+    def decode(input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        with torch.no_grad():
+            return model(input_ids=input_ids, position_ids=position_ids, past_key_values=past, use_cache=True).logits
+
+    calls = []
+    for step in range(_NUM_META_STEPS if is_meta else _NUM_STEPS):
+        token = torch.full((1, 1), (step * 7 + 3) % vocabulary, dtype=torch.long, device="cuda")
+        position = torch.full((1, 1), variant.prompt_length + step, dtype=torch.long, device="cuda")
+        calls.append(Call((token, position)))
+    return Subject(decode, tuple(calls))
+
+
+def check_hf(where: str, settings: Settings, progress: Progress, *, cache: str = "all", dtype: torch.dtype | None = None) -> Report:
+    """Check decode steps of the model that a config describes, with each of its caches.
+
+    A kind of cache that the model does not run with becomes a note. Raises CheckError if none runs.
+    """
+    config = load_config(where)
+    reports: list[tuple[str, Report]] = []
+    refused: list[str] = []
+    for variant in _variants(config, settings, cache):
+        make: Callable[[], Subject] = lambda v=variant: decode_subject(config, dtype, v, is_meta=settings.meta)  # type: ignore[misc]  # v is bound per variant
+        try:
+            reports.append((variant.name, check_subject(make, settings, target=f"hf:{where}", progress=progress)))
+        except CheckError as error:
+            refused.append(str(error))
+    if not reports:
+        raise CheckError("; ".join(refused))
+    report = merged(reports, f"hf:{where}")
+    kind = str(wanted_dtype(config, dtype, is_meta=settings.meta)).removeprefix("torch.")
+    return replace(report, notes=(*report.notes, *refused), assumptions=(*report.assumptions, f"dtype {kind}", "batch 1"))
