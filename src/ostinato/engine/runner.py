@@ -75,6 +75,8 @@ class Runner:
         if not self.uses_graphs:
             return EagerCallable(step, self.buffers, name=f"decode step of {size}")
         assert self._pool is not None
+        # Capture saves and restores all that a step writes, the ring in host memory too: no step may be in flight.
+        self._pool.stream.synchronize()
         return capture(
             step,
             self.buffers,
@@ -191,16 +193,21 @@ class Runner:
         return host.pin_memory().to(self.device, non_blocking=True)
 
     def _step_state(self) -> list[torch.Tensor]:
-        """What a step writes besides its buffers. While graphs are captured all slots are idle: KV goes to page 0."""
+        """What a step writes besides its buffers. Verification sends all KV to page 0."""
         pages = [t[:1] for layer in self.kv.layers for t in (layer.k, layer.v)]
         return [*pages, *self.sampler.buffers.tensors(), self.kv.layers[0].counters]
 
     def _fresh_inputs(self, index: int) -> None:
-        """Active rows with other tokens, positions and random numbers for verification replay ``index``."""
+        """Active rows with other tokens, positions and random numbers for verification replay ``index``.
+
+        Every row gets the dummy page, since the others may hold the KV of running sequences; and the same token and
+        position, since rows that share a page would otherwise write over each other in no certain order.
+        """
         generator = torch.Generator().manual_seed(index)
-        tokens = torch.randint(self.model.vocab_size, (self.num_slots,), generator=generator, dtype=torch.int32)
-        self.buffers.fill("tokens", tokens)
-        self.buffers.fill("positions", [(index + slot) % self.kv.page_size for slot in range(self.num_slots)])
+        token = int(torch.randint(self.model.vocab_size, (), generator=generator))
+        self.buffers.fill("tokens", token)
+        self.buffers.fill("positions", (5 * index + 3) % self.kv.page_size)
+        self.buffers.fill("page_table", 0)
         self.buffers.fill("active", 1)
         self.buffers.fill("remaining", 1000)
 
