@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +14,7 @@ from typing import Any, Self
 import torch
 
 from ostinato.engine.loading import EngineConfig, Loaded, load_engine
-from ostinato.engine.request import Request
+from ostinato.engine.request import Request, TokenEvent
 from ostinato.engine.request import Sequence as TokenSequence
 from ostinato.engine.scheduler import Scheduler
 from ostinato.errors import UsageError
@@ -61,15 +62,19 @@ class RunStats:
 class Session:
     """A conversation whose KV stays on the device between answers, in a slot of its own.
 
-    tokens: ids whose keys and values the slot holds. Made by ``LLM.session``.
+    tokens: ids whose keys and values the slot holds. answering: while one of its answers is being streamed.
+    Made by ``LLM.session``.
     """
 
     llm: LLM
     slot: int = -1
     tokens: list[int] = field(default_factory=list)
+    answering: bool = False
 
     def reset(self) -> None:
-        """Forget everything and give the slot back."""
+        """Forget everything and give the slot back. Raises UsageError in the middle of an answer."""
+        if self.answering:
+            raise UsageError("the conversation is being answered; close that stream first")
         if self.slot >= 0:
             self.llm.scheduler.free(self.slot)
         self.slot, self.tokens = -1, []
@@ -101,6 +106,8 @@ class LLM:
         self.context = loaded.budget.context
         self.scheduler = Scheduler(loaded.runner, self.context)
         self.stats = RunStats()
+        # Tokens that came back while another stream was asked for its own.
+        self._inboxes: dict[TokenSequence, deque[TokenEvent]] = {}
 
     @classmethod
     def load(
@@ -149,56 +156,70 @@ class LLM:
 
     def stream(
         self, prompt: str | Sequence[int], params: SamplingParams, *, session: Session | None = None
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """The answer to a text (taken as it is, without a chat template) or to token ids, piece by piece.
 
-        Closing the iterator cancels the rest. ``stats`` tells afterwards what it took. Raises ContextLengthError.
+        Closing the iterator cancels the rest. ``stats`` tells afterwards what it took. Several streams may be read in
+        turn. Raises ContextLengthError, and UsageError where ``session`` is answering already or all slots are kept.
         """
+        if session is not None and session.answering:
+            raise UsageError("the conversation is being answered; finish or close that stream first")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         cached = session.common_prefix(ids) if session is not None else 0
         request = Request(tuple(ids), params, self.tokenizer.eos_ids)
         slot = session.slot if session is not None else -1
         sequence = self.scheduler.add(request, slot=slot, num_cached=cached)
         sequence.keeps_slot = session is not None
-        self.stats = RunStats(prompt_tokens=len(ids), cached_tokens=cached)
+        stats = self.stats = RunStats(prompt_tokens=len(ids), cached_tokens=cached)
+        self._inboxes[sequence] = deque()
+        if session is not None:
+            session.answering = True
         try:
-            yield from self._answer(sequence, params)
+            yield from self._answer(sequence, params, stats)
         finally:
             self.scheduler.cancel(sequence)
-            if session is not None and sequence.slot >= 0:
-                session.slot = sequence.slot
-                # The last token was drawn but maybe never run, so its KV may not stand.
-                session.tokens = [*ids[: sequence.prefilled], *sequence.tokens[:-1]]
+            del self._inboxes[sequence]
+            if session is not None:
+                session.answering = False
+                if sequence.slot >= 0:
+                    session.slot = sequence.slot
+                    # The last token was drawn but maybe never run, so its KV may not stand.
+                    session.tokens = [*ids[: sequence.prefilled], *sequence.tokens[:-1]]
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams) -> str:
         """The whole answer as text."""
         return "".join(delta.text for delta in self.stream(prompt, params))
 
-    def _answer(self, sequence: TokenSequence, params: SamplingParams) -> Iterator[Delta]:
+    def _answer(self, sequence: TokenSequence, params: SamplingParams, stats: RunStats) -> Generator[Delta, None, None]:
         decoder = StreamDecoder(self.tokenizer, skip_special=True, continuation=True)
         stops = StopStrings(params.stop)
         started = time.perf_counter()
         first = started
-        while sequence.finish_reason is None:
+        reason = None
+        while reason is None:
+            event = self._next_event(sequence)
+            now = time.perf_counter()
+            stats.new_tokens += 1
+            if stats.new_tokens == 1:
+                first = now
+                stats.prefill_s = now - started
+            stats.decode_s = now - first
+            text, stopped = stops.feed(decoder.feed(event.token))
+            reason = event.finish_reason
+            if reason is not None and not stopped:
+                tail, stopped = stops.feed(decoder.flush())
+                text += tail + ("" if stopped else stops.flush())
+            if stopped:
+                reason = "stop"
+            yield Delta(text, (event.token,), (event.logprob,), reason)
+
+    def _next_event(self, sequence: TokenSequence) -> TokenEvent:
+        inbox = self._inboxes[sequence]
+        while not inbox:
             for event in self.scheduler.step():
-                if event.sequence is not sequence:
-                    continue
-                now = time.perf_counter()
-                self.stats.new_tokens += 1
-                if self.stats.new_tokens == 1:
-                    first = now
-                    self.stats.prefill_s = now - started
-                self.stats.decode_s = now - first
-                text, stopped = stops.feed(decoder.feed(event.token))
-                reason = event.finish_reason
-                if stopped:
-                    reason = "stop"
-                elif reason is not None:
-                    tail, stopped = stops.feed(decoder.flush())
-                    text += tail + ("" if stopped else stops.flush())
-                yield Delta(text, (event.token,), (event.logprob,), reason)
-                if stopped:
-                    return
+                if event.sequence in self._inboxes:
+                    self._inboxes[event.sequence].append(event)
+        return inbox.popleft()
 
     # -- the rest ----------------------------------------------------------------------------------------------------
 
