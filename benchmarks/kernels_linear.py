@@ -113,7 +113,7 @@ class Bench:
             self.x = self.x.bfloat16()
         self.norm = torch.rand(p.k, device=CUDA) if p.norm else None
         self.residual = torch.randn(p.m, n, device=CUDA) if p.residual else None
-        self.out_dtype = torch.float32
+        self.out_dtype = self.x.dtype if p.m > 8 and not p.residual else torch.float32
 
     def call(self, weight: BlockWeight, tiles: Tiles | None) -> torch.Tensor:
         w = weight
@@ -135,7 +135,7 @@ def candidates(p: Product) -> Iterator[Tiles]:
     groups = 1 << (p.k // 32 - 1).bit_length()
     n = p.n * (2 if p.gated else 1)
     top = 1 << (p.m - 1).bit_length()
-    chunks = [t for t in (1, 2, 4, 8) if t <= top and (t == min(top, 8) or top > t >= 2)]
+    chunks = [t for t in (1, 2, 4, 8) if t == min(top, 8) or (top <= 8 and top > t >= 2) or (top > 8 and t == 4)]
     int8 = p.m <= 16 or n * p.k <= 2**21
     for tokens in chunks if int8 else []:
         for rows, warps, repeats in itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8)):
@@ -147,6 +147,8 @@ def candidates(p: Product) -> Iterator[Tiles]:
                 and slots * tokens <= 256
                 and tokens * groups * 4 / (32 * warps) <= 16
                 and (repeats == 1 or programs >= 132)
+                and (p.m == 1 or (rows >= 2 and repeats <= 4 and rows * tokens <= 128))
+                and (p.m <= 8 or (repeats == 1 and rows >= 4 and warps >= 2))
                 and programs <= 20000
                 and (n < 4096 or (rows * repeats >= 8 and rows >= 4 and slots >= 4))
                 and (n < 40000 or rows * repeats >= 16)
@@ -164,15 +166,17 @@ def candidates(p: Product) -> Iterator[Tiles]:
             ):
                 yield Tiles("streamed", rows, wide, tokens, warps)
     if p.m > 8:
-        for rows, wide, warps, splits, stages in itertools.product(
-            (32, 64, 128), (2, 4, 8), (4, 8), (1, 2, 4, 8), (2, 3)
-        ):
+        shapes = ((16, 1), (16, 2), (32, 2), (32, 4), (64, 4), (128, 4), (128, 8))
+        for (rows, warps), wide, splits, stages in itertools.product(shapes, (4, 8), (1, 2, 4, 8), (2, 3)):
             tokens = max(16, min(64, top))
-            programs = n / rows * splits
+            programs = p.n / rows * splits
             if (
-                programs <= 132 * (4 if splits > 1 else 10**6)
+                (programs <= 132 * 4 or splits == 1)
                 and p.k / (wide * 32 * splits) >= 2
-                and (rows >= 64 or warps == 4)
+                and (rows >= 64 or programs < 132 * 8)
+                and (rows <= 32 or programs >= 24)
+                and rows * wide <= 512
+                and (stages == 3) == (wide < 8)
             ):
                 yield Tiles("tile", rows, wide, tokens, warps, splits=splits, stages=stages)
 

@@ -101,6 +101,15 @@ def test_tile_kernel_multiplies_weights_rounded_to_bfloat16(kind, splits, device
         torch.testing.assert_close(found, expected + bias + residual, rtol=0, atol=2**-7 * bound)
 
 
+def test_tile_kernel_norms_as_it_multiplies(device):
+    weight = random_weight("Q4_1", 36, 96, device)
+    x = torch.randn(17, 96, device=device) * 5
+    norm = torch.rand(96, device=device) + 0.5
+    found = launch(x, weight, TILE, norm=norm, eps=1e-5, gated="silu")
+    expected = block_linear_ref(x, weight, norm=norm, eps=1e-5, gated="silu")
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_of_x_may_be_strided_and_of_any_float(x_dtype, device):
     weight = random_weight("Q8_0", 5, 64, device)

@@ -68,22 +68,24 @@ def block_linear(
             )  # fmt: skip
         return out
     planes = pairs(words.view(torch.uint8), d, high, m, sub_d, sub_m, KINDS[kind])
-    if norm is not None:
-        x = rms_norm(x, norm, eps, torch.bfloat16)
+    if norm is not None and (tiles.path == "gemm" or tiles.splits > 1):
+        x, norm = rms_norm(x, norm, eps, torch.bfloat16), None
     if tiles.path == "gemm":
-        product = _gemm(x.to(torch.bfloat16), planes, words.shape[0], constants, residual, tiles)
+        alone = residual if bias is None else None
+        product = _gemm(x.to(torch.bfloat16), planes, words.shape[0], constants, alone, tiles)
         if bias is None and gated is None and product.dtype == out_dtype:
             return product
-        _finish(product, 1, bias, None, gated, out)
+        _finish(product, 1, bias, residual if alone is None else None, gated, out)
         return out
-    rows = words.shape[0]
-    whole = tiles.splits == 1 and gated is None
+    whole = tiles.splits == 1
+    rows = n if whole else words.shape[0]
     product = out if whole else torch.empty((tiles.splits, tokens, rows), dtype=torch.float32, device=x.device)
     grid3 = (triton.cdiv(tokens, tiles.tokens), triton.cdiv(rows, tiles.rows), tiles.splits)
     _tile_kernel[grid3](
-        x, x.stride(0), *planes, bias if bias is not None else d, residual if residual is not None else out,
-        product, tokens, rows, k, *constants, tiles.rows, tiles.groups, tiles.tokens, tiles.splits,
-        whole and bias is not None, whole and residual is not None,
+        x, x.stride(0), norm if norm is not None else d, eps, *planes, bias if bias is not None else d,
+        residual if residual is not None else out, product, tokens, rows, k, *constants,
+        tiles.rows, tiles.groups, tiles.tokens, tiles.splits, norm is not None,
+        whole and bias is not None, whole and residual is not None, gated if whole else None,
         num_warps=tiles.warps, num_stages=tiles.stages, **options,
     )  # fmt: skip
     if not whole:
@@ -191,15 +193,14 @@ def default_tiles(n: int, k: int, m: int, multiprocessors: int) -> Tiles:
     groups = triton.next_power_of_2(k // 32)
     if m > 192:
         return Tiles("gemm", rows=8, groups=8, tokens=0, warps=4)
-    if m <= 8 or n * k <= 2**21:
+    if m <= 8 or (m <= 64 and n * k <= 2**21):
         tokens = min(triton.next_power_of_2(m), 8)
-        if groups * tokens <= 256:
-            warps = max(1, min(4, groups // 8))
-            rows = 4 if n <= multiprocessors * 8 else 8
+        if groups <= 64 and n * k <= 2**25:
+            rows = 4 if n <= multiprocessors * 8 else 8 if n <= multiprocessors * 16 else 16
             programs = triton.cdiv(n, rows) * triton.cdiv(m, tokens)
-            repeats = max(1, min(16, programs // (multiprocessors * 8)))
-            return Tiles("resident", rows=rows, groups=groups, tokens=tokens, warps=warps, repeats=repeats)
-        return Tiles("streamed", rows=8, groups=min(groups, 32), tokens=min(tokens, 4), warps=4)
+            repeats = max(1, min(8, programs // (multiprocessors * 6)))
+            return Tiles("resident", rows, groups, tokens, warps=max(1, min(4, groups // 8)), repeats=repeats)
+        return Tiles("streamed", rows=8, groups=min(groups, 64), tokens=min(tokens, 4), warps=4 if m > 1 else 2)
     tokens = max(16, min(64, triton.next_power_of_2(m)))
     programs = triton.cdiv(n, 64) * triton.cdiv(m, tokens)
     splits = max(1, min(8, multiprocessors * 2 // programs, k // 512))

@@ -70,12 +70,15 @@ def values(
 
 @triton.jit
 def _tile_kernel(
-    x, stride_x, bytes_, high, d, m, sub_d, sub_m, bias, residual, out, M, N, K: tl.constexpr,
+    x, stride_x, norm, eps, bytes_, high, d, m, sub_d, sub_m, bias, residual, out, M, N, K: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
     BN: tl.constexpr, NG: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [SPLITS, M, N]: BN rows of W times BM rows of x, over one of SPLITS parts of the columns."""
+    """out [SPLITS, M, N]: BN rows of W times BM rows of x, over one of SPLITS parts of the columns.
+
+    With more than one split the sums are left as they are: no norm, bias, residual or gate.
+    """
     trigger(PDL)
     KG: tl.constexpr = K // 32
     STEPS: tl.constexpr = (KG + NG * SPLITS - 1) // (NG * SPLITS)
@@ -84,25 +87,49 @@ def _tile_kernel(
     split = tl.program_id(2)
     column = (tl.arange(0, NG * 16) // 16) * 32 + tl.arange(0, NG * 16) % 16
     acc = tl.zeros((BN, BM), tl.float32)
+    up = tl.zeros((BN, BM), tl.float32)
+    squares = tl.zeros((BM,), tl.float32)
     wait(PDL)
     for step in range(STEPS):
         first = (split * STEPS + step) * NG
         g = first + tl.arange(0, NG)
         inside = (n < N)[:, None] & (g < KG)[None, :]
-        lo, hi = values(bytes_, high, d, m, sub_d, sub_m, n, g, inside, KG, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
         k = first * 32 + column
         mask = (row < M)[:, None] & (k < K)[None, :]
         source = x + row[:, None] * stride_x + k[None, :]
-        x_lo = tl.load(source, mask=mask, other=0.0).to(tl.bfloat16)
-        x_hi = tl.load(source + 16, mask=mask, other=0.0).to(tl.bfloat16)
-        acc = dot_bfloat16(tl.reshape(lo, (BN, NG * 16)).to(tl.bfloat16), tl.trans(x_lo), acc)
-        acc = dot_bfloat16(tl.reshape(hi, (BN, NG * 16)).to(tl.bfloat16), tl.trans(x_hi), acc)
+        x_lo = tl.load(source, mask=mask, other=0.0)
+        x_hi = tl.load(source + 16, mask=mask, other=0.0)
+        if NORM:  # the root mean square only scales a row, so it is applied at the end
+            x_lo = x_lo.to(tl.float32)
+            x_hi = x_hi.to(tl.float32)
+            squares += tl.sum(x_lo * x_lo + x_hi * x_hi, 1)
+            x_lo *= tl.load(norm + k, mask=k < K, other=0.0)[None, :]
+            x_hi *= tl.load(norm + k + 16, mask=k < K, other=0.0)[None, :]
+        x_lo = tl.trans(x_lo.to(tl.bfloat16))
+        x_hi = tl.trans(x_hi.to(tl.bfloat16))
+        lo, hi = values(bytes_, high, d, m, sub_d, sub_m, n, g, inside, KG, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
+        acc = dot_bfloat16(tl.reshape(lo, (BN, NG * 16)).to(tl.bfloat16), x_lo, acc)
+        acc = dot_bfloat16(tl.reshape(hi, (BN, NG * 16)).to(tl.bfloat16), x_hi, acc)
+        if GATE is not None:
+            lo, hi = values(
+                bytes_, high, d, m, sub_d, sub_m, n + N, g, inside, KG, BITS, GROUP, SUPER, OFFSET, MIN_SIGN
+            )
+            up = dot_bfloat16(tl.reshape(lo, (BN, NG * 16)).to(tl.bfloat16), x_lo, up)
+            up = dot_bfloat16(tl.reshape(hi, (BN, NG * 16)).to(tl.bfloat16), x_hi, up)
     store = (n < N)[:, None] & (row < M)[None, :]
     where = row[None, :] * N + n[:, None]
     if SPLITS > 1:
         where += split * M * N
+    if NORM:
+        root = tl.rsqrt(squares / K + eps)[None, :]
+        acc *= root
+        up *= root
     if BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if GATE is not None:
+        if BIAS:
+            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        acc = gate_times_up(acc, up, GATE)
     if RESIDUAL:
         acc += tl.load(residual + where, mask=store, other=0.0)
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=store)
