@@ -165,7 +165,7 @@ def candidates(p: Product) -> Iterator[Tiles]:
                 and n / rows <= 40000
             ):
                 yield Tiles("streamed", rows, wide, tokens, warps)
-    if p.m > 8:
+    if p.m > 1:
         shapes = ((16, 1), (16, 2), (32, 2), (32, 4), (64, 4), (128, 4), (128, 8))
         for (rows, warps), wide, splits, stages in itertools.product(shapes, (4, 8), (1, 2, 4, 8), (2, 3)):
             tokens = max(16, min(64, top))
@@ -203,6 +203,7 @@ def large(ms: tuple[int, ...], kinds: tuple[str, ...]) -> list[Product]:
 
 
 SETS: dict[str, list[Product]] = {
+    "middle": [Product("Q4_K", n, k, m) for n, k in ((12288, 2048), (2048, 4096)) for m in (4, 16)],
     "smollm": smollm((1,)),
     "smollm-few": smollm((2, 4, 8)),
     "smollm-many": smollm((16, 32, 64)),
@@ -228,9 +229,14 @@ def compile_one(job: tuple[Product, Tiles]) -> str | None:
     return None
 
 
-def tune(products: list[Product], seconds: float) -> tuple[dict[str, Tiles], list[dict[str, object]]]:
+def tune(products: list[Product], seconds: float, only: str | None) -> tuple[dict[str, Tiles], list[dict[str, object]]]:
     """The fastest tiles of each product, and every measurement."""
-    jobs = [(p, t) for p in products for t in candidates(p)]
+    known = tuning.table(gpu_name(CUDA))
+    choices = {p: [t for t in candidates(p) if only in (None, t.path)] for p in products}
+    for p, options in choices.items():
+        if p.key in known and known[p.key] not in options:
+            options.append(known[p.key])
+    jobs = [(p, t) for p, options in choices.items() for t in options]
     began = time.monotonic()
     seen = {(p.kind, p.k, p.m == 1, p.norm, p.residual, p.gated, t): (p, t) for p, t in jobs}
     with multiprocessing.get_context("spawn").Pool(14) as pool:
@@ -243,7 +249,7 @@ def tune(products: list[Product], seconds: float) -> tuple[dict[str, Tiles], lis
     for p in products:
         bench = Bench(p)
         scored: list[tuple[float, Tiles]] = []
-        for tiles in candidates(p):
+        for tiles in choices[p]:
             if time.monotonic() - began > seconds:
                 break
             try:
@@ -347,11 +353,14 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=["smollm"], choices=list(SETS), dest="sets")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
+    parser.add_argument("--only", choices=["resident", "streamed", "tile"], help="measure this path only")
     parser.add_argument("--seconds", type=float, default=120.0)
     arguments = parser.parse_args()
     products = [p for name in arguments.sets for p in SETS[name]]
     if arguments.mode == "tune":
-        best, log = tune(products, arguments.seconds)
+        if arguments.table:
+            tuning.table(gpu_name(CUDA)).update(tuning.read(arguments.table))
+        best, log = tune(products, arguments.seconds, arguments.only)
         tuning.table(gpu_name(CUDA)).update(best)
         choose_again()
         layers = SmolLayers()

@@ -72,7 +72,8 @@ def block_linear(
         x, norm = rms_norm(x, norm, eps, torch.bfloat16), None
     if tiles.path == "gemm":
         alone = residual if bias is None else None
-        product = _gemm(x.to(torch.bfloat16), planes, words.shape[0], constants, alone, tiles)
+        wide = out_dtype == torch.float32 and gated is None
+        product = _gemm(x.to(torch.bfloat16), planes, words.shape[0], constants, alone, wide, tiles)
         if bias is None and gated is None and product.dtype == out_dtype:
             return product
         _finish(product, 1, bias, residual if alone is None else None, gated, out)
@@ -99,18 +100,19 @@ def _gemm(
     rows: int,
     constants: tuple[int, ...],
     residual: torch.Tensor | None,
+    wide: bool,
     tiles: Tiles,
 ) -> torch.Tensor:
-    """x Wᵀ (plus residual) through a dense copy of a stretch of W's rows at a time."""
+    """x Wᵀ (plus residual) through a dense copy of a stretch of W's rows at a time; float32 if wide or with residual."""
     tokens, k = x.shape
-    step = max(1, min(rows, DENSE_BYTES // (2 * k)))
-    dtype = torch.bfloat16 if residual is None else torch.float32
+    step = min(rows, max(256, DENSE_BYTES // (2 * k) // 256 * 256))  # an odd stretch would leave the fast products
+    dtype = torch.float32 if wide or residual is not None else torch.bfloat16
     product = None if step == rows else torch.empty((tokens, rows), dtype=dtype, device=x.device)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         dense = dequantize_rows(tuple(p[start:stop] for p in planes), stop - start, k, constants, tiles)
         if residual is None:
-            part = x @ dense.T
+            part = torch.mm(x, dense.T, out_dtype=dtype) if wide else x @ dense.T
         else:
             part = torch.addmm(residual[:, start:stop], x, dense.T, out_dtype=torch.float32)
         if product is None:
