@@ -13,6 +13,7 @@ from ostinato.errors import MemoryBudgetError
 from ostinato.load.source import TensorInfo
 from ostinato.models.interface import Family
 from ostinato.quant.blocks import KINDS
+from ostinato.quant.cpu import packed_bytes
 
 _MiB = 1 << 20
 _SCRATCH_BYTES = 256 * _MiB  # activations of a prefill chunk, graph pools, the CUDA libraries' workspaces
@@ -21,7 +22,10 @@ _MAX_DEFAULT_CONTEXT = 32768
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes that a model needs on its device. free_bytes: what was free there before loading."""
+    """Bytes that a model needs on its device.
+
+    free_bytes: what was free there before loading. page_size: tokens of a KV page.
+    """
 
     weight_bytes: int
     kv_bytes_per_token: int
@@ -30,10 +34,13 @@ class MemoryBudget:
     free_bytes: int
     context: int
     num_slots: int
+    page_size: int
 
     @property
     def kv_bytes(self) -> int:
-        return self.kv_bytes_per_token * self.context * self.num_slots
+        """Whole pages for every slot, and the dummy page."""
+        pages = 1 + self.num_slots * -(-self.context // self.page_size)
+        return self.kv_bytes_per_token * self.page_size * pages
 
     @property
     def total_bytes(self) -> int:
@@ -56,37 +63,46 @@ def plan_memory(
     context: int | None,
     num_slots: int,
     free_bytes: int,
+    page_size: int | None,
 ) -> MemoryBudget:
     """The budget of a model at ``context`` tokens a slot; without one, at its own, up to 32768 and to what fits.
 
+    page_size: tokens of a KV page, None where a page is a slot's whole context, as on the CPU.
+
     Raises MemoryBudgetError, which names the largest context or batch that would fit.
     """
-    weights = sum(device_bytes(info, activation) for info in tensors.values())
+    weights = sum(device_bytes(info, activation, on_cpu=page_size is None) for info in tensors.values())
     per_token = sum(spec.bytes_per_token(kv_dtype) for spec in family.kv_specs)
     sampler = 8 * family.vocab_size * num_slots
     room = free_bytes - weights - sampler - _SCRATCH_BYTES
-    fits = max(room, 0) // (per_token * num_slots)
+    tokens = max(room, 0) // per_token
+    fits = tokens // (num_slots + 1) if page_size is None else (tokens // page_size - 1) // num_slots * page_size
     wanted = context if context is not None else min(family.max_context, _MAX_DEFAULT_CONTEXT, fits)
-    budget = MemoryBudget(weights, per_token, sampler, _SCRATCH_BYTES, free_bytes, wanted, num_slots)
+    budget = MemoryBudget(
+        weights, per_token, sampler, _SCRATCH_BYTES, free_bytes, wanted, num_slots, page_size or max(wanted, 1)
+    )
     if room <= 0:
         raise MemoryBudgetError(
             f"the weights need {_size(weights + sampler + _SCRATCH_BYTES)} with scratch and {_size(free_bytes)} are "
             "free; use a smaller or more strongly quantized model"
         )
-    if budget.total_bytes > free_bytes or wanted < 1:
+    if budget.total_bytes > free_bytes or wanted < 2:
+        smaller = f"a smaller batch than {num_slots}" if num_slots > 1 else "a smaller model"
+        remedy = f"--context {fits} would fit, or {smaller}" if fits >= 2 else f"use {smaller}"
         raise MemoryBudgetError(
-            f"a context of {wanted} for {num_slots} sequence(s) does not fit: {budget}; "
-            f"--context {fits} would fit" + (f", or a smaller batch than {num_slots}" if num_slots > 1 else "")
+            f"a context of {max(wanted, 2)} for {num_slots} sequence(s) does not fit: {budget}; {remedy}"
         )
     return budget
 
 
-def device_bytes(info: TensorInfo, activation: torch.dtype) -> int:
+def device_bytes(info: TensorInfo, activation: torch.dtype, *, on_cpu: bool) -> int:
     """Bytes of a stored tensor once it is in the form that products read."""
     kind = KINDS.get(info.type_name)
     count = info.num_elements
     if kind is None or activation == torch.float32:
         return count * (4 if len(info.shape) < 2 else activation.itemsize)
+    if on_cpu:
+        return packed_bytes(kind, count)
     planes = 1 if kind.min_sign == 0 else 2
     sub = planes * count // kind.group if kind.has_sub else 0
     return count * kind.bits // 8 + 2 * planes * count // kind.super_group + sub

@@ -124,6 +124,7 @@ def load_engine(opened: Openable, config: EngineConfig) -> Loaded:
         context=config.context,
         num_slots=config.num_slots,
         free_bytes=free_memory(device),
+        page_size=_GPU_PAGE_SIZE if device.type == "cuda" else None,
     )
     with torch.inference_mode():
         model = family.build(checkpoint, Target(device, activation), budget.context)
@@ -142,7 +143,7 @@ def make_runner(
         model.kv_specs,
         num_slots=budget.num_slots,
         context=budget.context,
-        page_size=_GPU_PAGE_SIZE if device.type == "cuda" else budget.context,
+        page_size=budget.page_size,
         dtype=kv_dtype,
         device=device,
     )

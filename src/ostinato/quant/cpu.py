@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ostinato.quant.blocks import BlockWeight, dequantize, quants, scales
+from ostinato.quant.blocks import BlockKind, BlockWeight, dequantize, quants, scales
 
 _int4_product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _int8_product = torch.ops.aten._weight_int8pack_mm.default
@@ -57,11 +57,22 @@ class CpuInt8Weight:
 CpuWeight = CpuInt4Weight | CpuInt8Weight
 
 
+def _is_int4(kind: BlockKind) -> bool:
+    return kind.bits == 4 and kind.group == 32
+
+
+def packed_bytes(kind: BlockKind, count: int) -> int:
+    """Bytes of ``count`` weights of ``kind`` after ``pack_for_cpu``, for a number of rows that packs."""
+    if _is_int4(kind):
+        return count // 2 + 4 * count // kind.group
+    return count if kind.bits == 8 else 2 * count
+
+
 def pack_for_cpu(weight: BlockWeight) -> CpuWeight | torch.Tensor:
     """The fastest form of ``weight`` for products on the CPU; see the module's docstring for what is rounded."""
     n, k = weight.shape
     kind = weight.kind
-    if kind.bits == 4 and kind.group == 32 and n % 16 == 0:
+    if _is_int4(kind) and n % 16 == 0:
         scale, minimum = scales(weight)
         zero = (8 - kind.offset) * scale  # PyTorch means (q - 8) * scale + zero
         if minimum is not None:
