@@ -195,7 +195,7 @@ class Runner:
     def _step_state(self) -> list[torch.Tensor]:
         """What a step writes besides its buffers. Verification sends all KV to page 0."""
         pages = [t[:1] for layer in self.kv.layers for t in (layer.k, layer.v)]
-        return [*pages, *self.sampler.buffers.tensors(), self.kv.layers[0].counters]
+        return [*pages, *self.sampler.buffers.tensors()]
 
     def _fresh_inputs(self, index: int) -> None:
         """Active rows with other tokens, positions and random numbers for verification replay ``index``.

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from ostinato.errors import MemoryBudgetError
-from ostinato.kernels.decode_attention import attention_counters
 
 
 @dataclass(frozen=True)
@@ -28,15 +27,11 @@ class KVSpec:
 
 @dataclass(frozen=True, eq=False)
 class LayerKV:
-    """k, v: [num_pages, num_kv_heads, page_size, head_dim]. page_table: int32 [num_slots, pages_per_slot + 1].
-
-    counters: int32 zeros by which the programs of a decode kernel find out which of them is last.
-    """
+    """k, v: [num_pages, num_kv_heads, page_size, head_dim]. page_table: int32 [num_slots, pages_per_slot + 1]."""
 
     k: torch.Tensor
     v: torch.Tensor
     page_table: torch.Tensor
-    counters: torch.Tensor
 
 
 class PagedKV:
@@ -62,13 +57,12 @@ class PagedKV:
         self.num_pages = 1 + num_slots * self.pages_per_slot
         self.dtype = dtype
         self.page_table = torch.zeros(num_slots, self.pages_per_slot + 1, dtype=torch.int32, device=device)
-        counters = attention_counters(num_slots, max(s.num_kv_heads for s in specs), device)
 
         def storage(spec: KVSpec) -> torch.Tensor:
             shape = (self.num_pages, spec.num_kv_heads, page_size, spec.head_dim)
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.layers = tuple(LayerKV(storage(s), storage(s), self.page_table, counters) for s in specs)
+        self.layers = tuple(LayerKV(storage(s), storage(s), self.page_table) for s in specs)
         # Lowest pages first, so that a lone sequence lies in one run of memory.
         self._free = list(range(self.num_pages - 1, 0, -1))
         self._owned: list[list[int]] = [[] for _ in range(num_slots)]

@@ -52,7 +52,6 @@ class Attention:
                 num_kv_heads=self.spec.num_kv_heads,
                 scale=self.scale,
                 window=self.window,
-                counters=kv.counters,
                 # The embedding starts a step with a full dependency, and positions advance at the step's end alone.
                 prefetch=True,
             )

@@ -23,13 +23,13 @@ def chunk(device: torch.device, first: int, tokens: int, heads: int, kv_heads: i
 
 
 CHUNKS = [
-    dict(first=0, tokens=1, heads=1, kv_heads=1, dim=16),
-    dict(first=0, tokens=37, heads=3, kv_heads=1, dim=16),
-    dict(first=13, tokens=20, heads=4, kv_heads=2, dim=64),
-    dict(first=30, tokens=18, heads=6, kv_heads=2, dim=96),
-    dict(first=16, tokens=16, heads=2, kv_heads=1, dim=128, page_size=16, pages=2),
-    dict(first=7, tokens=25, heads=5, kv_heads=1, dim=12, page_size=5, pages=7),
-    dict(first=47, tokens=1, heads=2, kv_heads=2, dim=256),
+    {"first": 0, "tokens": 1, "heads": 1, "kv_heads": 1, "dim": 16},
+    {"first": 0, "tokens": 37, "heads": 3, "kv_heads": 1, "dim": 16},
+    {"first": 13, "tokens": 20, "heads": 4, "kv_heads": 2, "dim": 64},
+    {"first": 30, "tokens": 18, "heads": 6, "kv_heads": 2, "dim": 96},
+    {"first": 16, "tokens": 16, "heads": 2, "kv_heads": 1, "dim": 128, "page_size": 16, "pages": 2},
+    {"first": 7, "tokens": 25, "heads": 5, "kv_heads": 1, "dim": 12, "page_size": 5, "pages": 7},
+    {"first": 47, "tokens": 1, "heads": 2, "kv_heads": 2, "dim": 256},
 ]
 ATTENDED = [(0, 0.0), (1, 0.0), (7, 0.0), (19, 0.0), (100, 0.0), (16, 2.0)]
 
@@ -76,10 +76,10 @@ def test_every_size_has_blocks() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(q=torch.zeros(20, 4, 16)), "takes contiguous floats q"),
-        (dict(q=torch.zeros(20, 3, 64)), "3 heads"),
-        (dict(positions=torch.zeros(20)), "positions int32"),
-        (dict(window=-1), "window -1"),
+        ({"q": torch.zeros(20, 4, 16)}, "takes contiguous floats q"),
+        ({"q": torch.zeros(20, 3, 64)}, "3 heads"),
+        ({"positions": torch.zeros(20)}, "positions int32"),
+        ({"window": -1}, "window -1"),
     ],
 )
 def test_refuses_what_it_does_not_take(change: dict, message: str) -> None:

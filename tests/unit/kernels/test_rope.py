@@ -31,12 +31,12 @@ def exact(given: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 CASES = [
-    dict(rows=1, heads=1, kv_heads=1, dim=4, rotary=4),
-    dict(rows=3, heads=9, kv_heads=3, dim=64, rotary=64),
-    dict(rows=5, heads=6, kv_heads=1, dim=16, rotary=8, norms=True),
-    dict(rows=2, heads=4, kv_heads=2, dim=96, rotary=96, norms=True),
-    dict(rows=2, heads=2, kv_heads=2, dim=256, rotary=64, page_size=16),
-    dict(rows=3, heads=3, kv_heads=1, dim=12, rotary=4, page_size=5, max_position=1_000_000 % 2003),
+    {"rows": 1, "heads": 1, "kv_heads": 1, "dim": 4, "rotary": 4},
+    {"rows": 3, "heads": 9, "kv_heads": 3, "dim": 64, "rotary": 64},
+    {"rows": 5, "heads": 6, "kv_heads": 1, "dim": 16, "rotary": 8, "norms": True},
+    {"rows": 2, "heads": 4, "kv_heads": 2, "dim": 96, "rotary": 96, "norms": True},
+    {"rows": 2, "heads": 2, "kv_heads": 2, "dim": 256, "rotary": 64, "page_size": 16},
+    {"rows": 3, "heads": 3, "kv_heads": 1, "dim": 12, "rotary": 4, "page_size": 5, "max_position": 1_000_000 % 2003},
 ]
 
 
@@ -48,7 +48,7 @@ def test_equals_arithmetic_in_float64(case: dict[str, object], which: str, devic
     run = rope_append_ref if which == "reference" else kernel
     got = run(*given.values())
     # Two products and a sum of float32 values, with cosines good to two units in the last place: 8 units of 2^-24.
-    tolerance = dict(rtol=0, atol=float(q.abs().max()) * 8 * 2**-24)
+    tolerance = {"rtol": 0, "atol": float(q.abs().max()) * 8 * 2**-24}
     torch.testing.assert_close(got.double(), q, **tolerance)
     touched = torch.zeros_like(given["k_cache"][..., 0], dtype=torch.bool)
     for m in range(case["rows"]):
@@ -100,7 +100,10 @@ def test_a_table_dies_with_its_frequencies(device: torch.device) -> None:
         (lambda g: g | {"q_norm": torch.ones(3)}, "q_norm"),
         (lambda g: g | {"page_table": g["page_table"].long()}, "page_table"),
         (lambda g: g | {"v_cache": g["v_cache"].half()}, "one shape and dtype"),
-        (lambda g: g | {"k_cache": g["k_cache"].transpose(1, 2), "v_cache": g["v_cache"].transpose(1, 2)}, "contiguous"),
+        (
+            lambda g: g | {"k_cache": g["k_cache"].transpose(1, 2), "v_cache": g["v_cache"].transpose(1, 2)},
+            "contiguous",
+        ),
         (lambda g: g | {"page_table": g["page_table"].to("meta")}, "put them on one device"),
     ],
 )

@@ -12,15 +12,7 @@ from ostinato.kernels.decode_attention.ref import decode_attention_ref, fused_de
 from ostinato.kernels.registry import register
 from ostinato.kernels.rope import check_cache, check_rope
 
-__all__ = ["attention_counters", "decode_attention", "fused_decode_attention"]
-
-
-def attention_counters(max_batch: int, num_kv_heads: int, device: torch.device | str) -> torch.Tensor:
-    """Counters by which the programs of one row and kv head find out which of them is last: int32 zeros.
-
-    Every call leaves them at zero. One buffer serves all layers of a step, but never two streams at a time.
-    """
-    return torch.zeros(max_batch * num_kv_heads, dtype=torch.int32, device=device)
+__all__ = ["decode_attention", "fused_decode_attention"]
 
 
 def decode_attention(
@@ -34,22 +26,20 @@ def decode_attention(
     window: int = 0,
     softcap: float = 0.0,
     *,
-    counters: torch.Tensor | None = None,
     prefetch: bool = False,
 ) -> torch.Tensor:
     """Row b attends to positions max(0, p - window + 1) … p of slot slots[b], p = positions[b]; all are in the cache.
 
     q: [B, Hq, D] floats, contiguous. k_cache, v_cache: [num_pages, Hkv, page_size, D]. page_table: int32 [S, P].
     slots, positions: int32 [B]. window 0 means all. softcap c > 0 turns a score s into c * tanh(s / c).
-    counters, prefetch: as for ``fused_decode_attention``. Returns [B, Hq * D] in q's dtype. Raises KernelError.
+    prefetch: as for ``fused_decode_attention``. Returns [B, Hq * D] in q's dtype. Raises KernelError.
     """
     check_cache("decode_attention", q.device, page_table, k_cache, v_cache)
     _check_rows("decode_attention", q, k_cache, slots, positions, window)
     if q.device.type == "cpu":
         return decode_attention_ref(q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap)
-    _check_counters("decode_attention", counters, q.shape[0] * k_cache.shape[1])
     result: torch.Tensor = _decode_attention(
-        q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap, counters, prefetch
+        q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap, prefetch
     )
     return result
 
@@ -72,13 +62,11 @@ def fused_decode_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    counters: torch.Tensor | None = None,
     prefetch: bool = False,
 ) -> torch.Tensor:
     """``rope_append`` and ``decode_attention`` of one token per slot in one kernel; returns [B, Hq * D].
 
-    Arguments as for these two; no two rows may share a slot. Results are joined by the last program of a row and kv
-    head where ``counters`` (see ``attention_counters``) are given, else by a second kernel.
+    Arguments as for these two; no two rows may share a slot. A second, small kernel joins what several programs found.
     prefetch: a promise that, since the last full dependency of the stream (the start of a graph's replay), no kernel
     has written ``positions``, ``slots``, ``page_table`` or the cache at earlier positions of these slots; the kernel
     then reads them while the one before it still runs. True of a captured step that advances positions at its end.
@@ -98,8 +86,7 @@ def fused_decode_attention(
     )  # fmt: skip
     if qkv.device.type == "cpu":
         return fused_decode_attention_ref(*values)
-    _check_counters(op, counters, qkv.shape[0] * num_kv_heads)
-    result: torch.Tensor = _fused_decode_attention(*values, counters, prefetch)
+    result: torch.Tensor = _fused_decode_attention(*values, prefetch)
     return result
 
 
@@ -120,24 +107,17 @@ def _check_rows(
             )
 
 
-def _check_counters(op: str, counters: torch.Tensor | None, needed: int) -> None:
-    if counters is not None and (counters.dtype != torch.int32 or counters.numel() < needed):
-        raise KernelError(
-            f"{op} needs {needed} int32 counters, got {counters.numel()} {counters.dtype}; see attention_counters"
-        )
-
-
 def _decode_cpu(*values: object) -> torch.Tensor:
-    return decode_attention_ref(*values[:-2])  # type: ignore[arg-type]  # the schema holds the types
+    return decode_attention_ref(*values[:-1])  # type: ignore[arg-type]  # the schema holds the types
 
 
 def _fused_cpu(*values: object) -> torch.Tensor:
-    return fused_decode_attention_ref(*values[:-2])  # type: ignore[arg-type]  # the schema holds the types
+    return fused_decode_attention_ref(*values[:-1])  # type: ignore[arg-type]  # the schema holds the types
 
 
 _decode_attention = register(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor slots, Tensor positions,"
-    " float scale, int window, float softcap, Tensor(a!)? counters, bool prefetch) -> Tensor",
+    " float scale, int window, float softcap, bool prefetch) -> Tensor",
     reference=_decode_cpu,
     kernel="ostinato.kernels.decode_attention.triton:decode_attention",
     fake=lambda q, *rest: q.new_empty((q.shape[0], q.shape[1] * q.shape[2])),
@@ -145,7 +125,7 @@ _decode_attention = register(
 _fused_decode_attention = register(
     "fused_decode_attention(Tensor qkv, Tensor inv_freq, float rope_scale, Tensor positions, Tensor slots,"
     " Tensor page_table, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? q_norm, Tensor? k_norm, float eps,"
-    " int num_heads, int num_kv_heads, float scale, int window, float softcap, Tensor(c!)? counters, bool prefetch)"
+    " int num_heads, int num_kv_heads, float scale, int window, float softcap, bool prefetch)"
     " -> Tensor",
     reference=_fused_cpu,
     kernel="ostinato.kernels.decode_attention.triton:fused_decode_attention",

@@ -1,10 +1,12 @@
 """Decode attention: each program attends one kv head's queries to every SPLITS-th tile of positions.
 
-A program that alone covers its row writes the result; else partial results go to scratch, and either the last program
-to arrive joins them (counters) or a second kernel does. Programs beyond the row's real length leave at once.
+A program that alone covers its row writes the result; else partial results go to scratch and a second kernel joins
+them. Programs beyond the row's real length leave at once, so the work follows the length that stands on the device.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,6 +18,7 @@ from ostinato.kernels.triton import trigger, wait
 
 LOG2_E = 1.4426950408889634
 _NO_SCORE = tl.constexpr(-1e30)  # finite, so that a tile without any position leaves no NaN
+_JOINED = 64  # columns that one program of the second kernel joins
 
 
 @triton.jit
@@ -37,70 +40,42 @@ def _tile_rows(row_pages, head, first, stop, HKV: tl.constexpr, PAGE: tl.constex
     if PAGE % BLOCK == 0:
         page = tl.load(row_pages + first // PAGE).to(tl.int64)
         return (page * HKV + head) * PAGE + (first % PAGE + tl.arange(0, BLOCK))
-    else:  # noqa: RET505 (a branch not taken must not be compiled)
+    else:
         page = tl.load(row_pages + n // PAGE, mask=n < stop, other=0).to(tl.int64)
         return (page * HKV + head) * PAGE + n % PAGE
 
 
 @triton.jit
 def _capped(scores, softcap, SOFTCAP: tl.constexpr):
-    """Scores in units of log2, after the cap where there is one; they come in natural units then."""
+    """Scores in units of log2, after the cap where there is one; with a cap they come in natural units."""
     if SOFTCAP:
         scores = softcap * (1.0 - 2.0 / (tl.exp(scores * (2.0 / softcap)) + 1.0)) * 1.4426950408889634
     return scores
 
 
 @triton.jit
-def _head_vector(source, norm, eps, d, partner, cosine, sine, inside, D: tl.constexpr, NORM: tl.constexpr):
-    """Heads at ``source`` [.., 1, 1] after norm and rotation, float32; d, partner, cosine, sine [1, 1, DP]."""
+def _head_rows(source, norm, eps, d, partner, cosine, sine, inside, D: tl.constexpr, NORM: tl.constexpr):
+    """Heads at ``source`` [H, 1] after norm and rotation, float32 [H, DP]; d, partner, cosine, sine [1, DP]."""
     x = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
     if NORM:
-        inverse = tl.rsqrt(tl.sum(x * x, 2) / D + eps)[:, :, None]
+        inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
         x *= inverse * tl.load(norm + d, mask=d < D, other=0.0)
         y *= inverse * tl.load(norm + partner, mask=d < D, other=0.0)
     return x * cosine + y * sine
 
 
 @triton.jit
-def _join(
-    partial,
-    stats,
-    out,
-    pair,
-    active,
-    target,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Join the partial results of one row and kv head; partial [.., SPLITS, GP, DP], stats [.., 2, SPLITS, GP]."""
-    g = tl.arange(0, GP)
-    d = tl.arange(0, DP)
-    largest = tl.full((GP,), _NO_SCORE, tl.float32)
-    total = tl.zeros((GP,), tl.float32)
-    acc = tl.zeros((GP, DP), tl.float32)
-    base = pair.to(tl.int64) * SPLITS
-    for first in range(0, active, CHUNK):
-        s = first + tl.arange(0, CHUNK)
-        at = stats + base * (2 * GP) + s[:, None] * GP + g[None, :]
-        m = tl.load(at, mask=(s < active)[:, None], other=_NO_SCORE, cache_modifier=".cg")
-        l = tl.load(at + SPLITS * GP, mask=(s < active)[:, None], other=0.0, cache_modifier=".cg")
-        rows = (base + s)[:, None, None] * GP + g[None, :, None]
-        part = tl.load(
-            partial + rows * DP + d[None, None, :], mask=(s < active)[:, None, None], other=0.0, cache_modifier=".cg"
-        )
-        new = tl.maximum(largest, tl.max(m, 0))
-        old = tl.exp2(largest - new)
-        weight = tl.exp2(m - new[None, :])
-        total = total * old + tl.sum(l * weight, 0)
-        acc = acc * old[:, None] + tl.sum(part * weight[:, :, None], 0)
-        largest = new
-    inside = (g < G)[:, None] & (d < D)[None, :]
-    tl.store(target + g[:, None] * D + d[None, :], acc / total[:, None], mask=inside)
+def _attend(operand, k, v, keep, largest, total, acc, scale, softcap, SOFTCAP: tl.constexpr):
+    """One tile: operand [GP, DP] against k and v [BLOCK, DP], of which ``keep`` [BLOCK] are there."""
+    scores = _capped(tl.dot(operand, tl.trans(k), input_precision="ieee") * scale, softcap, SOFTCAP)
+    scores = tl.where(keep[None, :], scores, float("-inf"))
+    new = tl.maximum(largest, tl.max(scores, 1))
+    old = tl.exp2(largest - new)
+    p = tl.exp2(scores - new[:, None])
+    total = total * old + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
+    return new, total, acc
 
 
 @triton.jit
@@ -109,7 +84,6 @@ def _decode_kernel(
     out,
     partial,
     stats,
-    counters,
     inv_freq,
     positions,
     slots,
@@ -125,6 +99,7 @@ def _decode_kernel(
     pages_per_slot,
     HKV: tl.constexpr,
     G: tl.constexpr,
+    GS: tl.constexpr,
     GP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -132,17 +107,15 @@ def _decode_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     FUSED: tl.constexpr,
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    LAST: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """q is qkv when FUSED. Products on the float units: [GP, BLOCK, DP] at a time, without a change of layout."""
+    """q is qkv when FUSED. The G heads of a group are padded to GS, and repeated to the GP rows of a matrix product."""
     trigger(PDL)
     split = tl.program_id(0)
     head = tl.program_id(1)
@@ -154,234 +127,77 @@ def _decode_kernel(
     start, stop, first, tiles, active = _extent(position, BLOCK, SPLITS, WINDOW, FUSED)
     if split >= active:
         return
-    g = tl.arange(0, GP)[:, None, None]
-    d = tl.arange(0, DP)[None, None, :]
+    g = tl.arange(0, GS)[:, None]
+    d = tl.arange(0, DP)[None, :]
     j = tl.arange(0, BLOCK)
-    column = d < D
     n = (first + split) * BLOCK + j
-    rows = _tile_rows(row_pages, head, (first + split) * BLOCK, stop, HKV, PAGE, BLOCK)[None, :, None] * D + d
-    seen = ((n >= start) & (n < stop))[None, :, None] & column
-    k = tl.load(k_cache + rows, mask=seen, other=0.0)
-    v = tl.load(v_cache + rows, mask=seen, other=0.0)
+    rows = _tile_rows(row_pages, head, (first + split) * BLOCK, stop, HKV, PAGE, BLOCK)[:, None] * D + d
+    keep = (n >= start) & (n < stop)
+    k = tl.load(k_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
+    v = tl.load(v_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
     if FUSED:
         partner, cosine, sine = rotation(position, inv_freq, rope_scale, d, R)
     if PREFETCH:
         wait(PDL)
 
-    inside = (g < G) & column
+    inside = (g < G) & (d < D)
     if FUSED:
         heads = q + b.to(tl.int64) * ((G + 2) * HKV * D)
-        queries = _head_vector(heads + (head * G + g) * D, q_norm, eps, d, partner, cosine, sine, inside, D, Q_NORM)
+        queries = _head_rows(heads + (head * G + g) * D, q_norm, eps, d, partner, cosine, sine, inside, D, Q_NORM)
     else:
-        queries = tl.load(q + ((b.to(tl.int64) * HKV + head) * G + g) * D + d, mask=inside, other=0.0).to(tl.float32)
-    queries *= scale
+        queries = tl.load(q + ((b.to(tl.int64) * HKV + head) * G + g) * D + d, mask=inside, other=0.0)
+    rounded = queries.to(k_cache.dtype.element_ty)
+    operand = tl.reshape(tl.broadcast_to(rounded[None, :, :], (GP // GS, GS, DP)), (GP, DP))
 
     largest = tl.full((GP,), _NO_SCORE, tl.float32)
     total = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, DP), tl.float32)
-    if FUSED:
+    if FUSED:  # noqa: SIM102 (the outer branch is taken by the compiler, the inner one by the program)
         if split == 0:
-            key = heads + ((G * HKV + head) * D + tl.zeros((1, 1, 1), tl.int32))
-            new_k = _head_vector(key, k_norm, eps, d, partner, cosine, sine, column, D, K_NORM)
-            new_v = tl.load(key + HKV * D + d, mask=column, other=0.0)
+            key = heads + (G * HKV + head) * D + tl.zeros((1, 1), tl.int32)
+            new_k = _head_rows(key, k_norm, eps, d, partner, cosine, sine, d < D, D, K_NORM)
+            new_v = tl.load(key + HKV * D + d, mask=d < D, other=0.0).to(v_cache.dtype.element_ty)
+            new_k = new_k.to(k_cache.dtype.element_ty)
             page = tl.load(row_pages + position // PAGE).to(tl.int64)
             place = ((page * HKV + head) * PAGE + position % PAGE) * D + d
-            new_k = new_k.to(k_cache.dtype.element_ty)
-            new_v = new_v.to(v_cache.dtype.element_ty)
-            tl.store(k_cache + place, new_k, mask=column)
-            tl.store(v_cache + place, new_v, mask=column)
-            score = _capped(tl.sum(queries * new_k.to(tl.float32), 2), softcap, SOFTCAP)  # [GP, 1]
-            largest = tl.max(score, 1)
+            tl.store(k_cache + place, new_k, mask=d < D)
+            tl.store(v_cache + place, new_v, mask=d < D)
+            score = _capped(tl.sum(rounded.to(tl.float32) * new_k.to(tl.float32), 1) * scale, softcap, SOFTCAP)
+            largest = tl.reshape(tl.broadcast_to(score[None, :], (GP // GS, GS)), (GP,))
             total = tl.full((GP,), 1.0, tl.float32)
-            acc += tl.sum(tl.broadcast_to(new_v.to(tl.float32), (GP, 1, DP)), 1)
+            acc += new_v.to(tl.float32)
 
-    for t in range(split, tiles, SPLITS):
+    if tiles > 0:
+        largest, total, acc = _attend(operand, k, v, keep, largest, total, acc, scale, softcap, SOFTCAP)
+    for t in range(split + SPLITS, tiles, SPLITS):
         n = (first + t) * BLOCK + j
-        keep = (n >= start) & (n < stop)
-        # The next tile is on its way while this one is worked on.
-        ahead = n + SPLITS * BLOCK
-        more = (ahead < stop) & (t + SPLITS < tiles)
-        next_k = k
-        next_v = v
-        if t + SPLITS < tiles:
-            tile = (first + t + SPLITS) * BLOCK
-            rows = _tile_rows(row_pages, head, tile, stop, HKV, PAGE, BLOCK)[None, :, None] * D + d
-            next_k = tl.load(k_cache + rows, mask=more[None, :, None] & column, other=0.0)
-            next_v = tl.load(v_cache + rows, mask=more[None, :, None] & column, other=0.0)
-        scores = _capped(tl.sum(queries * k.to(tl.float32), 2), softcap, SOFTCAP)  # [GP, BLOCK]
-        scores = tl.where(keep[None, :], scores, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, 1))
-        old = tl.exp2(largest - new)
-        p = tl.exp2(scores - new[:, None])
-        total = total * old + tl.sum(p, 1)
-        acc = acc * old[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32), 1)
-        largest = new
-        k = next_k
-        v = next_v
-    _finish(
-        out, partial, stats, counters, largest, total, acc, b, head, split, active, HKV, G, GP, D, DP, SPLITS, CHUNK, LAST
-    )
-
-
-@triton.jit
-def _finish(
-    out,
-    partial,
-    stats,
-    counters,
-    largest,
-    total,
-    acc,
-    b,
-    head,
-    split,
-    active,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    """Write the result, or a partial one and, as the last to arrive, the joined result."""
-    pair = b * HKV + head
-    g = tl.arange(0, GP)
-    d = tl.arange(0, DP)
-    target = out + pair.to(tl.int64) * (G * D)
-    if active == 1:
-        inside = (g < G)[:, None] & (d < D)[None, :]
-        tl.store(target + g[:, None] * D + d[None, :], acc / total[:, None], mask=inside)
-    else:
-        at = pair.to(tl.int64) * SPLITS
-        tl.store(partial + ((at + split) * GP + g[:, None]) * DP + d[None, :], acc)
-        tl.store(stats + at * (2 * GP) + split * GP + g, largest)
-        tl.store(stats + at * (2 * GP) + (SPLITS + split) * GP + g, total)
-        if LAST:
-            tl.debug_barrier()  # all of this program's stores come before its count
-            arrived = tl.atomic_add(counters + pair, 1, sem="acq_rel")
-            if arrived == active - 1:
-                tl.store(counters + pair, 0)
-                _join(partial, stats, out, pair, active, target, G, GP, D, DP, SPLITS, CHUNK)
-
-
-@triton.jit
-def _decode_dot_kernel(
-    q,
-    out,
-    partial,
-    stats,
-    counters,
-    inv_freq,
-    positions,
-    slots,
-    page_table,
-    k_cache,
-    v_cache,
-    q_norm,
-    k_norm,
-    rope_scale,
-    eps,
-    scale,
-    softcap,
-    pages_per_slot,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    R: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    FUSED: tl.constexpr,
-    Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    LAST: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The same on the matrix units, GP ≥ 16: for long contexts, where the float units would not keep up."""
-    trigger(PDL)
-    split = tl.program_id(0)
-    head = tl.program_id(1)
-    b = tl.program_id(2)
-    if not PREFETCH:
-        wait(PDL)
-    position = tl.load(positions + b)
-    row_pages = page_table + tl.load(slots + b) * pages_per_slot
-    start, stop, first, tiles, active = _extent(position, BLOCK, SPLITS, WINDOW, FUSED)
-    if split >= active:
-        return
-    g3 = tl.arange(0, GP)[:, None, None]
-    d3 = tl.arange(0, DP)[None, None, :]
-    if FUSED:
-        partner, cosine, sine = rotation(position, inv_freq, rope_scale, d3, R)
-    if PREFETCH:
-        wait(PDL)
-    inside = (g3 < G) & (d3 < D)
-    if FUSED:
-        heads = q + b.to(tl.int64) * ((G + 2) * HKV * D)
-        queries = _head_vector(heads + (head * G + g3) * D, q_norm, eps, d3, partner, cosine, sine, inside, D, Q_NORM)
-    else:
-        queries = tl.load(q + ((b.to(tl.int64) * HKV + head) * G + g3) * D + d3, mask=inside, other=0.0).to(tl.float32)
-
-    largest = tl.full((GP,), _NO_SCORE, tl.float32)
-    total = tl.zeros((GP,), tl.float32)
-    acc = tl.zeros((GP, DP), tl.float32)
-    if FUSED:
-        if split == 0:
-            column = d3 < D
-            key = heads + ((G * HKV + head) * D + tl.zeros((1, 1, 1), tl.int32))
-            new_k = _head_vector(key, k_norm, eps, d3, partner, cosine, sine, column, D, K_NORM)
-            new_v = tl.load(key + HKV * D + d3, mask=column, other=0.0)
-            page = tl.load(row_pages + position // PAGE).to(tl.int64)
-            place = ((page * HKV + head) * PAGE + position % PAGE) * D + d3
-            new_k = new_k.to(k_cache.dtype.element_ty)
-            new_v = new_v.to(v_cache.dtype.element_ty)
-            tl.store(k_cache + place, new_k, mask=column)
-            tl.store(v_cache + place, new_v, mask=column)
-            score = _capped(tl.sum(queries * new_k.to(tl.float32), 2) * scale, softcap, SOFTCAP)
-            largest = tl.max(score, 1)
-            total = tl.full((GP,), 1.0, tl.float32)
-            acc += tl.sum(tl.broadcast_to(new_v.to(tl.float32), (GP, 1, DP)), 1)
-
-    operand = tl.reshape(queries, (GP, DP)).to(k_cache.dtype.element_ty)
-    d = tl.arange(0, DP)[None, :]
-    for t in range(split, tiles, SPLITS):
-        n = (first + t) * BLOCK + tl.arange(0, BLOCK)
-        keep = (n >= start) & (n < stop)
         rows = _tile_rows(row_pages, head, (first + t) * BLOCK, stop, HKV, PAGE, BLOCK)[:, None] * D + d
+        keep = n < stop
         k = tl.load(k_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
         v = tl.load(v_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
-        scores = _capped(tl.dot(operand, tl.trans(k), input_precision="ieee") * scale, softcap, SOFTCAP)
-        scores = tl.where(keep[None, :], scores, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, 1))
-        old = tl.exp2(largest - new)
-        p = tl.exp2(scores - new[:, None])
-        total = total * old + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
-        largest = new
-    _finish(
-        out, partial, stats, counters, largest, total, acc, b, head, split, active, HKV, G, GP, D, DP, SPLITS, CHUNK, LAST
-    )
+        largest, total, acc = _attend(operand, k, v, keep, largest, total, acc, scale, softcap, SOFTCAP)
+
+    r = tl.arange(0, GP)
+    row = (b.to(tl.int64) * HKV + head) * G + r
+    mine = (r < G)[:, None] & (d < D)
+    if active == 1:
+        tl.store(out + row[:, None] * D + d, acc / total[:, None], mask=mine)
+    else:
+        tl.store(partial + (row * SPLITS + split)[:, None] * DP + d, acc, mask=mine)
+        tl.store(stats + row * (2 * SPLITS) + split, largest, mask=r < G)
+        tl.store(stats + row * (2 * SPLITS) + SPLITS + split, total, mask=r < G)
 
 
 @triton.jit
-def _combine_kernel(
+def _join_kernel(
     out,
     partial,
     stats,
     positions,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    GP: tl.constexpr,
+    HQ: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -390,38 +206,59 @@ def _combine_kernel(
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Join COLUMNS columns of the partial results of one query head; one warp, so that nothing waits at a barrier."""
     trigger(PDL)
-    head = tl.program_id(0)
-    b = tl.program_id(1)
+    d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(2) * HQ + tl.program_id(1)
     if not PREFETCH:
         wait(PDL)
-    start, stop, first, tiles, active = _extent(tl.load(positions + b), BLOCK, SPLITS, WINDOW, FUSED)
+    _, _, _, _, active = _extent(tl.load(positions + tl.program_id(2)), BLOCK, SPLITS, WINDOW, FUSED)
     if PREFETCH:
         wait(PDL)
     if active > 1:
-        pair = b * HKV + head
-        _join(partial, stats, out, pair, active, out + pair.to(tl.int64) * (G * D), G, GP, D, DP, SPLITS, CHUNK)
+        base = row.to(tl.int64) * SPLITS
+        largest = tl.full((), _NO_SCORE, tl.float32)
+        total = tl.zeros((), tl.float32)
+        acc = tl.zeros((COLUMNS,), tl.float32)
+        for begin in range(0, active, CHUNK):
+            s = begin + tl.arange(0, CHUNK)
+            there = s < active
+            m = tl.load(stats + 2 * base + s, mask=there, other=_NO_SCORE)
+            l = tl.load(stats + 2 * base + SPLITS + s, mask=there, other=0.0)
+            part = tl.load(partial + (base + s)[:, None] * DP + d[None, :], mask=there[:, None], other=0.0)
+            new = tl.maximum(largest, tl.max(m, 0))
+            old = tl.exp2(largest - new)
+            weight = tl.exp2(m - new)
+            total = total * old + tl.sum(l * weight, 0)
+            acc = acc * old + tl.sum(part * weight[:, None], 0)
+            largest = new
+        tl.store(out + row.to(tl.int64) * D + d, acc / total, mask=d < D)
 
 
+@dataclass(frozen=True)
 class Tiling:
-    """How decode attention is cut: positions per tile, splits, warps, stages, and whether by matrix units."""
+    """How decode attention is cut: positions per tile (at least 16), splits, warps, stages of the loop over tiles."""
 
-    def __init__(self, block: int, splits: int, warps: int, stages: int, dot: bool) -> None:
-        self.block, self.splits, self.warps, self.stages, self.dot = block, splits, warps, stages, dot
+    block: int
+    splits: int
+    warps: int
+    stages: int
 
 
-def choose_tiling(
-    batch: int, num_kv_heads: int, group: int, dim: int, element_size: int, max_length: int, multiprocessors: int
-) -> Tiling:
-    """Tiling for a cache of up to ``max_length`` positions per slot; see docs/performance/kernels_attention.md."""
+def choose_tiling(batch: int, num_kv_heads: int, dim: int, max_length: int, multiprocessors: int) -> Tiling:
+    """Tiling for a cache of up to ``max_length`` positions per slot; see docs/performance/kernels_attention.md.
+
+    Short caches get one tile per program of one warp, where latency is all; long ones a few programs per
+    multiprocessor, whose loops keep loads in flight.
+    """
+    programs = batch * num_kv_heads
     padded = triton.next_power_of_2(dim)
-    dot = element_size == 2 and (max_length > 8192 or padded > 128 or group > 4)
-    block = 64 if padded <= 128 else 32
-    if not dot and padded > 64:
-        block = 32
-    tiles = triton.cdiv(max_length, block)
-    wanted = triton.cdiv(2 * multiprocessors, batch * num_kv_heads)
-    return Tiling(block, max(1, min(tiles, wanted, 128)), 4, 3 if dot else 1, dot)
+    if padded <= 128 and programs * max_length <= 32 * 16 * multiprocessors:
+        block = 32 if padded <= 64 and max_length <= 2048 else 64
+        return Tiling(block, max(1, min(triton.cdiv(max_length, block), 128)), 1, 1)
+    block = 64
+    wanted = triton.cdiv(2 * multiprocessors, programs)
+    return Tiling(block, max(1, min(triton.cdiv(max_length, block), wanted, 128)), 4, 3 if padded <= 128 else 2)
 
 
 def _launch(
@@ -440,7 +277,6 @@ def _launch(
     scale: float,
     window: int,
     softcap: float,
-    counters: torch.Tensor | None,
     prefetch: bool,
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
@@ -452,28 +288,25 @@ def _launch(
     if window:
         length = min(length, window + 64)
     if tiling is None:
-        tiling = choose_tiling(
-            batch, num_kv_heads, group, dim, k_cache.element_size(), length, num_multiprocessors(device)
-        )
-    padded_dim = triton.next_power_of_2(dim)
-    padded_group = max(triton.next_power_of_2(group), 16 if tiling.dot else 1)
+        tiling = choose_tiling(batch, num_kv_heads, dim, length, num_multiprocessors(device))
+    padded_dim = max(16, triton.next_power_of_2(dim))
+    padded_group = triton.next_power_of_2(group)
     splits = tiling.splits
-    chunk = max(1, min(triton.next_power_of_2(splits), 8192 // (padded_group * padded_dim)))
     out = torch.empty((batch, num_heads * dim), dtype=q.dtype, device=device)
-    partial = torch.empty((batch, num_kv_heads, splits, padded_group, padded_dim), dtype=torch.float32, device=device)
-    stats = torch.empty((batch, num_kv_heads, 2, splits, padded_group), dtype=torch.float32, device=device)
+    partial = torch.empty((batch, num_heads, splits, padded_dim), dtype=torch.float32, device=device)
+    stats = torch.empty((batch, num_heads, 2, splits), dtype=torch.float32, device=device)
     fused = inv_freq is not None
     unused = positions  # a pointer for what this call does not read
     options = launch_options(device)
-    sizes = {"G": group, "GP": padded_group, "D": dim, "DP": padded_dim, "HKV": num_kv_heads}
-    cut = {"BLOCK": tiling.block, "SPLITS": splits, "CHUNK": chunk, "WINDOW": window, "FUSED": fused}
-    kernel = _decode_dot_kernel if tiling.dot else _decode_kernel
-    kernel[(splits, num_kv_heads, batch)](
+    cut = {
+        "D": dim, "DP": padded_dim, "BLOCK": tiling.block, "SPLITS": splits, "WINDOW": window, "FUSED": fused,
+        "PREFETCH": prefetch,
+    }  # fmt: skip
+    _decode_kernel[(splits, num_kv_heads, batch)](
         q,
         out,
         partial,
         stats,
-        unused if counters is None else counters,
         unused if inv_freq is None else inv_freq,
         positions,
         slots,
@@ -487,23 +320,26 @@ def _launch(
         scale if softcap else scale * LOG2_E,
         softcap,
         page_table.shape[1],
-        **sizes,
-        **cut,
+        HKV=num_kv_heads,
+        G=group,
+        GS=padded_group,
+        GP=max(16, padded_group),
         R=0 if inv_freq is None else 2 * inv_freq.shape[0],
         PAGE=page_size,
         Q_NORM=q_norm is not None,
         K_NORM=k_norm is not None,
         SOFTCAP=softcap != 0.0,
-        LAST=counters is not None and splits > 1,
-        PREFETCH=prefetch,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
+        **cut,
         **options,
     )
-    if counters is None and splits > 1:
-        _combine_kernel[(num_kv_heads, batch)](
-            out, partial, stats, positions, **sizes, **cut, PREFETCH=prefetch, num_warps=4, **options
-        )
+    if splits > 1:
+        columns = min(padded_dim, _JOINED)
+        _join_kernel[(triton.cdiv(dim, columns), num_heads, batch)](
+            out, partial, stats, positions, HQ=num_heads, COLUMNS=columns,
+            CHUNK=min(triton.next_power_of_2(splits), 64), num_warps=1, **cut, **options,
+        )  # fmt: skip
     return out
 
 
@@ -517,14 +353,13 @@ def decode_attention(
     scale: float,
     window: int,
     softcap: float,
-    counters: torch.Tensor | None,
     prefetch: bool,
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
     """Launch the kernels; arguments and result as for ``ostinato.kernels.decode_attention.decode_attention``."""
     return _launch(
         q, None, 1.0, positions, slots, page_table, k_cache, v_cache, None, None, 0.0, q.shape[1],
-        scale, window, softcap, counters, prefetch, tiling,
+        scale, window, softcap, prefetch, tiling,
     )  # fmt: skip
 
 
@@ -545,12 +380,11 @@ def fused_decode_attention(
     scale: float,
     window: int,
     softcap: float,
-    counters: torch.Tensor | None,
     prefetch: bool,
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
     """Launch the kernels; arguments and result as for ``…decode_attention.fused_decode_attention``."""
     return _launch(
         qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps, num_heads,
-        scale, window, softcap, counters, prefetch, tiling,
+        scale, window, softcap, prefetch, tiling,
     )  # fmt: skip

@@ -130,12 +130,12 @@ def _prefill_kernel(
     acc = tl.zeros((BLOCK_M, DP), tl.float32)
     if WINDOW > 0:
         acc, largest, total = _walk(
-            acc, largest, total, queries, row_pages, k_cache, v_cache, head, rows, begin, free_begin, stop, scale, softcap,
-            HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP, True,
+            acc, largest, total, queries, row_pages, k_cache, v_cache, head, rows, begin, free_begin, stop, scale,
+            softcap, HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP, True,
         )  # fmt: skip
     acc, largest, total = _walk(
-        acc, largest, total, queries, row_pages, k_cache, v_cache, head, rows, free_begin, free_end, stop, scale, softcap,
-        HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP, False,
+        acc, largest, total, queries, row_pages, k_cache, v_cache, head, rows, free_begin, free_end, stop, scale,
+        softcap, HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP, False,
     )  # fmt: skip
     acc, largest, total = _walk(
         acc, largest, total, queries, row_pages, k_cache, v_cache, head, rows, tl.maximum(free_end, begin), block_stop,

@@ -23,7 +23,8 @@ def cos_sin(position, frequency, rope_scale):
     quadrant = quarters.to(tl.int32)
     r2 = r * r
     sine = r + r * r2 * (-1.6666654611e-1 + r2 * (8.3321608736e-3 + r2 * -1.9515295891e-4))
-    cosine = 1.0 - 0.5 * r2 + r2 * r2 * (4.166664568298827e-2 + r2 * (-1.388731625493765e-3 + r2 * 2.443315711809948e-5))
+    tail = 4.166664568298827e-2 + r2 * (-1.388731625493765e-3 + r2 * 2.443315711809948e-5)
+    cosine = 1.0 - 0.5 * r2 + r2 * r2 * tail
     odd = (quadrant & 1) != 0
     s = tl.where(odd, cosine, sine)
     c = tl.where(odd, sine, cosine)

@@ -104,7 +104,7 @@ def choose(logits: Floats, row: RowSettings) -> int:
         lowest = top_logit + (math.log(share) - 1.0) * temperature if share > 0 else -np.inf
     else:
         lowest = top_logit - reach * temperature
-    tokens = np.flatnonzero(logits >= lowest)
+    tokens: npt.NDArray[np.intp] = np.flatnonzero(logits >= lowest)
     values = logits[tokens] / temperature
     if filtered:
         keep = values >= threshold
@@ -116,8 +116,8 @@ def choose(logits: Floats, row: RowSettings) -> int:
     if filtered and len(tokens) > 1024:
         strong = values >= largest - np.float32(2.0)
         drawn = values[strong] + gumbel(row.seed, row.counter, tokens[strong])
-        possible = values >= drawn.max() - np.float32(GUMBEL_MAX + 0.1)
-        tokens, values = tokens[possible], values[possible]
+        near = values >= drawn.max() - np.float32(GUMBEL_MAX + 0.1)
+        tokens, values = tokens[near], values[near]
     return int(tokens[(values + gumbel(row.seed, row.counter, tokens)).argmax()])
 
 

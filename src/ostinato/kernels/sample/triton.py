@@ -18,8 +18,9 @@ from ostinato.kernels.sample import buffers as columns
 from ostinato.kernels.sample.buffers import SampleBuffers
 from ostinato.kernels.triton import trigger, wait
 
-CAPACITY = 8192  # candidates of a row; a row with more is searched in full
-SMALL = 1024  # candidates that a short search takes
+CAPACITY = 4096  # candidates of a row; a row with more is searched in full
+SMALL = 512  # candidates that a short search takes
+PARTS = 16  # parts of a chunk whose largest values are known, by which a large k finds its bound
 _STATS = 6  # best noisy value, largest value, its sum; largest logit, its sum; logit of the best
 
 TEMPERATURE = tl.constexpr(columns.TEMPERATURE)
@@ -122,11 +123,13 @@ def _chunk_kernel(
     active,
     best,
     stats,
+    parts,
     found,
     V,
     NC,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     trigger(PDL)
@@ -159,6 +162,8 @@ def _chunk_kernel(
         safe = tl.where(largest == float("-inf"), 0.0, largest)
         tl.store(stats + at + 1, largest)
         tl.store(stats + at + 2, tl.sum(tl.exp(value - safe), 0))
+        part = tl.max(tl.reshape(value, (PARTS, CHUNK // PARTS)), 1)
+        tl.store(parts + (b * NC + c) * PARTS + tl.arange(0, PARTS), part)
         if c == 0:
             tl.store(found + b, 0)
 
@@ -175,25 +180,73 @@ def _mass(stats, b, NC, COLUMN: tl.constexpr, NCP: tl.constexpr):
 
 
 @triton.jit
+def _key(value):
+    """int32 in the order of the float32 values."""
+    bits = value.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _value(key):
+    """The float32 value of an int64 key."""
+    bits = key.to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weight(value, largest):
+    """exp(value - largest) in units of 2^-36."""
+    return (tl.exp(value - largest) * 68719476736.0).to(tl.int64)
+
+
+@triton.jit
+def _target(mass, top_p):
+    return (mass.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64)
+
+
+@triton.jit
+def _select(keys, weights, target, low, high, SHIFT: tl.constexpr):
+    """The largest key t for which (sum(weights[keys >= t]) >> SHIFT) >= target; low if there is none.
+
+    int64 all; low ≤ answer < high. The lower 14 bits of a weight count tokens: once a single token lies between the
+    bounds, the set is known. The middle is now that of the values, which ends soon, now that of the keys, which ends.
+    """
+    above = tl.zeros((), tl.int64)
+    count = tl.sum(weights, 0) & 16383
+    by_value = high > low
+    while (high - low > 1) & (count - above > 1):
+        middle = low + (high - low) // 2
+        guess = _key(0.5 * _value(low) + 0.5 * _value(high)).to(tl.int64)
+        middle = tl.where(by_value, tl.minimum(tl.maximum(guess, low + 1), high - 1), middle)
+        by_value = not by_value
+        here = tl.sum(tl.where(keys >= middle, weights, 0), 0)
+        reached = (here >> SHIFT) >= target
+        low = tl.where(reached, middle, low)
+        count = tl.where(reached, here & 16383, count)
+        high = tl.where(reached, high, middle)
+        above = tl.where(reached, above, here & 16383)
+    return low
+
+
+@triton.jit
 def _collect_kernel(
     logits,
     rows,
     floats,
     ints,
-    seed,
     logit_bias,
     token_counts,
-    counter,
     active,
     stats,
+    parts,
     found,
     candidates,
     candidate_values,
-    candidate_noisy,
     V,
     NC,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
     NCP: tl.constexpr,
     CAPACITY: tl.constexpr,
     PDL: tl.constexpr,
@@ -211,14 +264,27 @@ def _collect_kernel(
     maxima, largest, total = _mass(stats, b, NC, 1, NCP)
     bound = float("-inf")
     limits_k = (top_k > 0) & (top_k < V)
+    inside = tl.arange(0, NCP) < NC
+    keys = tl.where(inside, _key(maxima), -2147483647 - 1).to(tl.int64)
+    low = tl.min(tl.where(inside, keys, 0x7FFFFFFF), 0)
+    high = _key(largest).to(tl.int64) + 1
+    # k chunks or parts of them have a value at least this large, so the k-th largest value is no smaller.
     if limits_k & (top_k <= NC):
-        # k chunks have a value at least this large, so the k-th largest value is no smaller.
-        at_least = tl.sum((maxima[None, :] >= maxima[:, None]).to(tl.int32), 1)
-        bound = tl.max(tl.where(at_least >= top_k, maxima, float("-inf")), 0)
+        bound = _value(_select(keys, inside.to(tl.int64), top_k.to(tl.int64), low, high, 0))
+    elif limits_k & (top_k <= NC * PARTS):
+        i = tl.arange(0, NCP * PARTS)
+        values = tl.load(parts + b * (NC * PARTS) + i, mask=i < NC * PARTS, other=float("-inf"))
+        part_keys = tl.where(i < NC * PARTS, _key(values), -2147483647 - 1).to(tl.int64)
+        low = tl.min(tl.where(i < NC * PARTS, part_keys, 0x7FFFFFFF), 0)
+        bound = _value(_select(part_keys, (i < NC * PARTS).to(tl.int64), top_k.to(tl.int64), low, high, 0))
     if (top_p < 1.0) & (not limits_k):
-        # All tokens under this share together weigh less than 1 - p. With top-k on, its whole set must stay: p is a
-        # share of that set.
-        bound = largest + tl.log(tl.maximum(total * (1.0 - top_p) / V, 1e-37)) - 0.01
+        # Where the chunks' largest values alone reach p, the set ends no lower. (With top-k on, its whole set must
+        # stay: p is a share of that set.) All tokens under the second bound's share together weigh less than 1 - p.
+        weights = tl.where(inside, (_weight(maxima, largest) << 14) | 1, 0)
+        target = _target((total.to(tl.float64) * 68719476736.0).to(tl.int64), top_p * 1.0001)
+        if tl.sum(weights >> 14, 0) >= target:
+            bound = _value(_select(keys, weights, target, low, high, 14))
+        bound = tl.maximum(bound, largest + tl.log(tl.maximum(total * (1.0 - top_p) / V, 1e-37)) - 0.01)
     if (min_p > 0.0) & ((not limits_k) | (top_p >= 1.0)):
         bound = tl.maximum(bound, largest + tl.log(min_p) - 0.01)
     if tl.max(tl.where(tl.arange(0, NCP) == c, maxima, float("-inf")), 0) < bound:
@@ -232,52 +298,34 @@ def _collect_kernel(
     first = tl.atomic_add(found + b, tl.sum(keep.to(tl.int32), 0), sem="relaxed")
     place += first
     keep = keep & (place < CAPACITY)
-    noisy = value + _gumbel(tl.load(seed + row), tl.load(counter + row), tokens)
     at = b.to(tl.int64) * CAPACITY + place
     tl.store(candidates + at, tokens, mask=keep)
     tl.store(candidate_values + at, value, mask=keep)
-    tl.store(candidate_noisy + at, noisy, mask=keep)
 
 
 @triton.jit
-def _key(value):
-    """int32 in the order of the float32 values."""
-    bits = value.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _weight(value, largest):
-    """exp(value - largest) in units of 2^-40."""
-    return (tl.exp(value - largest) * 1099511627776.0).to(tl.int64)
-
-
-@triton.jit
-def _select(keys, weights, target, low, high):
-    """The largest key t with sum(weights[keys >= t]) >= target; low if there is none. low ≤ answer < high, int64."""
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        reached = tl.sum(tl.where(keys >= middle, weights, 0), 0) >= target
-        low = tl.where(reached, middle, low)
-        high = tl.where(reached, high, middle)
-    return low
-
-
-@triton.jit
-def _filter(value, noisy, tokens, inside, largest, total, top_k, top_p, min_p, V):
-    """The token of the largest noisy value among what the filters keep of ``value``."""
+def _choose_candidate(
+    candidates, candidate_values, count, seed, draw, largest, total, top_k, top_p, min_p, V, SIZE: tl.constexpr
+):
+    """The token of the largest noisy value among what the filters keep of ``count`` ≤ SIZE candidates."""
+    i = tl.arange(0, SIZE)
+    inside = i < count
+    value = tl.load(candidate_values + i, mask=inside, other=float("-inf"))
+    tokens = tl.load(candidates + i, mask=inside, other=0)
+    noisy = value + _gumbel(seed, draw, tokens)
     keys = tl.where(inside, _key(value), -2147483647 - 1).to(tl.int64)
     low = tl.min(tl.where(inside, keys, 0x7FFFFFFF), 0)
     high = tl.max(keys, 0) + 1
-    if (top_k > 0) & (top_k < V):
-        low = _select(keys, inside.to(tl.int64), top_k.to(tl.int64), low, high)
+    limits_k = (top_k > 0) & (top_k < V)
+    if limits_k:
+        low = _select(keys, inside.to(tl.int64), top_k.to(tl.int64), low, high, 0)
     if top_p < 1.0:
         weights = tl.where(inside & (keys >= low), _weight(value, largest), 0)
-        mass = (total.to(tl.float64) * 1099511627776.0).to(tl.int64)
-        if (top_k > 0) & (top_k < V):
+        mass = (total.to(tl.float64) * 68719476736.0).to(tl.int64)
+        if limits_k:
             mass = tl.sum(weights, 0)
-        target = (mass.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64)
-        low = _select(keys, weights, target, low, high)
+        packed = tl.where(inside & (keys >= low), (weights << 14) | 1, 0)
+        low = _select(keys, packed, _target(mass, top_p), low, high, 14)
     keep = inside & (keys >= low)
     if min_p > 0.0:
         keep = keep & (value >= largest + tl.log(min_p))
@@ -311,7 +359,7 @@ def _search_row(
     logits, b, row, V, floats, ints, seed, logit_bias, token_counts, counter, largest, total, top_k, top_p, min_p,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``_filter`` over a whole row in memory: slow, for rows with more candidates than scratch holds."""
+    """``_choose_candidate`` over a whole row in memory: slow, for rows with more candidates than scratch holds."""
     low = tl.full((), -2147483648, tl.int64)
     high = _key(largest).to(tl.int64) + 1
     if (top_k > 0) & (top_k < V):
@@ -324,10 +372,10 @@ def _search_row(
             low = tl.where(reached >= top_k, middle, low)
             end = tl.where(reached >= top_k, end, middle)
     if top_p < 1.0:
-        mass = (total.to(tl.float64) * 1099511627776.0).to(tl.int64)
+        mass = (total.to(tl.float64) * 68719476736.0).to(tl.int64)
         if (top_k > 0) & (top_k < V):
             mass = _row_sum(logits, b, row, V, floats, ints, logit_bias, token_counts, largest, low, low, True, BLOCK)
-        target = (mass.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64)
+        target = _target(mass, top_p)
         end = high
         while end - low > 1:
             middle = low + (end - low) // 2
@@ -402,7 +450,6 @@ def _finish_kernel(
     found,
     candidates,
     candidate_values,
-    candidate_noisy,
     V,
     NC,
     S,
@@ -412,6 +459,7 @@ def _finish_kernel(
     NCP: tl.constexpr,
     SMALL: tl.constexpr,
     CAPACITY: tl.constexpr,
+    SEARCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     trigger(PDL)
@@ -448,33 +496,21 @@ def _finish_kernel(
         min_p = tl.load(floats + row * NUM_FLOATS + MIN_P)
         _, largest, total = _mass(stats, b, NC, 1, NCP)
         count = tl.load(found + b)
-        scratch = b.to(tl.int64) * CAPACITY
+        mine = candidates + b.to(tl.int64) * CAPACITY
+        values = candidate_values + b.to(tl.int64) * CAPACITY
+        key = tl.load(seed + row)
         if count <= SMALL:
-            i = tl.arange(0, SMALL)
-            value = tl.load(candidate_values + scratch + i, mask=i < count, other=float("-inf"))
-            token = _filter(
-                value,
-                tl.load(candidate_noisy + scratch + i, mask=i < count, other=float("-inf")),
-                tl.load(candidates + scratch + i, mask=i < count, other=0),
-                i < count, largest, total, top_k, top_p, min_p, V,
-            )  # fmt: skip
+            token = _choose_candidate(mine, values, count, key, draws, largest, total, top_k, top_p, min_p, V, SMALL)
         elif count <= CAPACITY:
-            i = tl.arange(0, CAPACITY)
-            value = tl.load(candidate_values + scratch + i, mask=i < count, other=float("-inf"))
-            token = _filter(
-                value,
-                tl.load(candidate_noisy + scratch + i, mask=i < count, other=float("-inf")),
-                tl.load(candidates + scratch + i, mask=i < count, other=0),
-                i < count, largest, total, top_k, top_p, min_p, V,
-            )  # fmt: skip
+            token = _choose_candidate(mine, values, count, key, draws, largest, total, top_k, top_p, min_p, V, CAPACITY)
         else:
             token = _search_row(
                 logits, b, row, V, floats, ints, seed, logit_bias, token_counts, counter, largest, total, top_k,
-                top_p, min_p, CAPACITY,
+                top_p, min_p, SEARCH,
             )  # fmt: skip
         chosen = tl.load(logits + b.to(tl.int64) * V + token)
     else:
-        top_noisy, chunk = tl.max(noisy, 0, return_indices=True, return_indices_tie_break_left=True)
+        _, chunk = tl.max(noisy, 0, return_indices=True, return_indices_tie_break_left=True)
         token = tl.sum(tl.where(c == chunk, places, 0), 0)
         chosen = tl.sum(tl.where(c == chunk, of_best, 0.0), 0)
     value = chosen - normalizer
@@ -518,24 +554,23 @@ def sample_step(
 
     best = scratch(batch, chunks)
     stats = scratch(batch, chunks, _STATS, dtype=torch.float32)
+    parts = scratch(batch, chunks * PARTS, dtype=torch.float32)
     found = scratch(batch)
     candidates = scratch(batch, capacity)
     candidate_values = scratch(batch, capacity, dtype=torch.float32)
-    candidate_noisy = scratch(batch, capacity, dtype=torch.float32)
     by_row = {"ROWS": rows is not None, "CHUNK": chunk, **launch_options(logits.device)}
     rows = s.tokens if rows is None else rows  # not read where ROWS is off
     _chunk_kernel[(chunks, batch)](
         logits, rows, s.floats, s.ints, s.seed, s.logit_bias, s.token_counts, s.counter, s.active,
-        best, stats, found, vocab, chunks, num_warps=4, **by_row,
+        best, stats, parts, found, vocab, chunks, PARTS=PARTS, num_warps=4, **by_row,
     )  # fmt: skip
     _collect_kernel[(chunks, batch)](
-        logits, rows, s.floats, s.ints, s.seed, s.logit_bias, s.token_counts, s.counter, s.active,
-        stats, found, candidates, candidate_values, candidate_noisy, vocab, chunks, NCP=padded, CAPACITY=capacity,
-        num_warps=4, **by_row,
+        logits, rows, s.floats, s.ints, s.logit_bias, s.token_counts, s.active, stats, parts, found, candidates,
+        candidate_values, vocab, chunks, PARTS=PARTS, NCP=padded, CAPACITY=capacity, num_warps=4, **by_row,
     )  # fmt: skip
     _finish_kernel[(batch,)](
         logits, rows, s.floats, s.ints, s.seed, s.stop_ids, s.logit_bias, s.counter, s.token_counts, s.tokens,
         s.positions, s.remaining, s.active, s.step, s.sampled, s.logprob, s.top_ids, s.top_logprobs, s.ring,
-        best, stats, found, candidates, candidate_values, candidate_noisy, vocab, chunks, s.max_batch,
-        RING=s.ring.shape[0], NCP=padded, SMALL=small, CAPACITY=capacity, num_warps=8, **by_row,
+        best, stats, found, candidates, candidate_values, vocab, chunks, s.max_batch, RING=s.ring.shape[0], NCP=padded,
+        SMALL=small, CAPACITY=capacity, SEARCH=2048, num_warps=8, **by_row,
     )  # fmt: skip

@@ -1,0 +1,122 @@
+"""Decode and prefill attention at the sizes of real models, compiled, against float32 references on the CPU."""
+
+import pytest
+import torch
+
+from ostinato.kernels.decode_attention import decode_attention, fused_decode_attention
+from ostinato.kernels.decode_attention.ref import decode_attention_ref, fused_decode_attention_ref
+from ostinato.kernels.decode_attention.triton import Tiling
+from ostinato.kernels.decode_attention.triton import decode_attention as decode_kernel
+from ostinato.kernels.prefill_attention import prefill_attention
+from ostinato.kernels.prefill_attention.ref import prefill_attention_ref
+
+from ...unit.kernels.paged import inputs
+
+pytestmark = pytest.mark.gpu
+
+# name: query heads, kv heads, head size, rotary size, norms
+MODELS = {
+    "smollm2": (9, 3, 64, 64, False),
+    "llama": (32, 8, 128, 128, False),
+    "qwen3.5": (16, 2, 256, 64, True),
+    "phi": (32, 32, 96, 96, False),
+}
+
+
+def filled(model: str, rows: int, page_size: int, positions: list[int], dtype: torch.dtype = torch.bfloat16) -> dict:
+    heads, kv_heads, dim, rotary, norms = MODELS[model]
+    device = torch.device("cpu")
+    given = inputs(device, rows, heads, kv_heads, dim, rotary, dtype, page_size, max(positions), norms)
+    given["positions"] = torch.tensor(positions, dtype=torch.int32)
+    for cache in (given["k_cache"], given["v_cache"]):
+        cache.copy_(torch.randn_like(cache))
+    return given
+
+
+def on_gpu(given: dict) -> dict:
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+
+
+def widened(given: dict) -> dict:
+    wide = {
+        name: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for name, v in given.items()
+    }
+    return wide | {"k_cache": given["k_cache"].float(), "v_cache": given["v_cache"].float()}
+
+
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    assert got.isfinite().all()
+    return float((got.cpu().double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 63, 64], [511, 512, 513, 129], [3000, 17, 4095, 2048]], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_fused_decode(model: str, positions: list[int]) -> None:
+    given = filled(model, 4, 64, positions)
+    device = on_gpu(given)
+    got = fused_decode_attention(**device, scale=given["k_cache"].shape[3] ** -0.5, prefetch=True)
+    wide = widened(given)
+    expected = fused_decode_attention_ref(*wide.values(), given["k_cache"].shape[3] ** -0.5, 0, 0.0)
+    # bfloat16 keys, probabilities and result: each rounds to 2^-9 of itself, at random.
+    assert distance(got, expected) < 4e-3
+    assert distance(device["k_cache"], wide["k_cache"]) < 4e-3
+    assert torch.equal(device["v_cache"].cpu(), wide["v_cache"].bfloat16())
+
+
+@pytest.mark.parametrize("tiling", [(64, 40, 4, 2), (32, 7, 1, 1), (16, 128, 1, 1), (128, 9, 8, 2)], ids=str)
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_decode_with_any_tiling_and_page(tiling: tuple, page_size: int) -> None:
+    given = filled("smollm2", 3, page_size, [2500, 700, 0])
+    q = torch.randn(3, 9, 64).bfloat16()
+    cache = [given[name] for name in ("k_cache", "v_cache", "page_table", "slots", "positions")]
+    expected = decode_attention_ref(q.float(), cache[0].float(), cache[1].float(), *cache[2:], 0.125, 1000, 0.0)
+    got = decode_kernel(q.cuda(), *(t.cuda() for t in cache), 0.125, 1000, 0.0, False, Tiling(*tiling))
+    assert distance(got, expected) < 4e-3
+
+
+def test_decode_in_a_graph_follows_the_length_on_the_device() -> None:
+    """One captured graph, replayed while positions grow over page, tile and split borders."""
+    given = filled("smollm2", 2, 64, [1023, 1023])
+    device = on_gpu(given)
+
+    def step() -> torch.Tensor:
+        return fused_decode_attention(**device, scale=0.125, prefetch=True)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    wide = widened(given)
+    for position in (0, 1, 62, 63, 64, 65, 127, 128, 500, 1023):
+        device["positions"].fill_(position)
+        result.fill_(torch.nan)
+        graph.replay()
+        wide["positions"].fill_(position)
+        expected = fused_decode_attention_ref(*wide.values(), 0.125, 0, 0.0)
+        assert distance(result, expected) < 4e-3, position
+
+
+@pytest.mark.parametrize(("first", "tokens", "window"), [(0, 1000, 0), (517, 300, 0), (200, 513, 128), (1000, 3, 0)])
+@pytest.mark.parametrize("model", MODELS)
+def test_prefill(model: str, first: int, tokens: int, window: int) -> None:
+    given = filled(model, 1, 64, [first + tokens - 1])
+    heads, _, dim, *_ = MODELS[model]
+    q = torch.randn(tokens, heads, dim).bfloat16()
+    slots = given["slots"].repeat(tokens)
+    positions = torch.arange(first, first + tokens, dtype=torch.int32)
+    cache = [given["k_cache"], given["v_cache"], given["page_table"], slots, positions]
+    got = prefill_attention(q.cuda(), *(t.cuda() for t in cache), dim**-0.5, window)
+    expected = prefill_attention_ref(q.float(), cache[0].float(), cache[1].float(), *cache[2:], dim**-0.5, window, 0.0)
+    assert distance(got, expected) < 4e-3
+
+
+def test_float32_is_float32() -> None:
+    given = filled("smollm2", 2, 64, [900, 33], torch.float32)
+    q = torch.randn(2, 9, 64)
+    cache = [given[name] for name in ("k_cache", "v_cache", "page_table", "slots", "positions")]
+    expected = decode_attention_ref(q, *cache, 0.125, 0, 0.0)
+    assert distance(decode_attention(q.cuda(), *(t.cuda() for t in cache), 0.125), expected) < 1e-5
+    q = torch.randn(70, 9, 64)
+    cache[3:] = [given["slots"][:1].repeat(70), torch.arange(831, 901, dtype=torch.int32)]
+    expected = prefill_attention_ref(q, *cache, 0.125, 0, 0.0)
+    assert distance(prefill_attention(q.cuda(), *(t.cuda() for t in cache), 0.125), expected) < 1e-5
