@@ -494,7 +494,7 @@ def _finish_kernel(
         top_k = tl.load(ints + row * NUM_INTS + TOP_K)
         top_p = tl.load(floats + row * NUM_FLOATS + TOP_P)
         min_p = tl.load(floats + row * NUM_FLOATS + MIN_P)
-        _, largest, total = _mass(stats, b, NC, 1, NCP)
+        _maxima, largest, total = _mass(stats, b, NC, 1, NCP)
         count = tl.load(found + b)
         mine = candidates + b.to(tl.int64) * CAPACITY
         values = candidate_values + b.to(tl.int64) * CAPACITY
@@ -510,7 +510,7 @@ def _finish_kernel(
             )  # fmt: skip
         chosen = tl.load(logits + b.to(tl.int64) * V + token)
     else:
-        _, chunk = tl.max(noisy, 0, return_indices=True, return_indices_tie_break_left=True)
+        _noisy, chunk = tl.max(noisy, 0, return_indices=True, return_indices_tie_break_left=True)
         token = tl.sum(tl.where(c == chunk, places, 0), 0)
         chosen = tl.sum(tl.where(c == chunk, of_best, 0.0), 0)
     value = chosen - normalizer
