@@ -6,6 +6,7 @@ Started by ``isolate.py`` as ``python -m ostinato.check.child REQUEST RESULT``; 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -78,6 +79,7 @@ def main(request: Path, result: Path) -> None:
     forks: list[int] = []
     os.register_at_fork(after_in_parent=lambda: forks.append(1))
     torch.set_num_threads(data["threads"])
+    gc.set_threshold(50_000, 50, 50)  # records are many, and hardly any of them form cycles
     settings = Settings(
         meta=data["meta"],
         num_calls=data["num_calls"],
@@ -86,7 +88,15 @@ def main(request: Path, result: Path) -> None:
     )
     _watch(data["limit_s"], target, progress, result)
     try:
-        report = run_target(target, settings, progress, arguments=data["arguments"], cache=data["cache"], dtype=data["dtype"])
+        report = run_target(
+            target,
+            settings,
+            progress,
+            arguments=data["arguments"],
+            cache=data["cache"],
+            dtype=data["dtype"],
+            passes=data["passes"],
+        )
     except UsageError as error:
         report = _unfinished(target, progress, USAGE_MARK + str(error))
     except CheckError as error:
@@ -101,7 +111,10 @@ def main(request: Path, result: Path) -> None:
     if os.getpid() != owner:
         os._exit(0)  # a copy that the checked code forked and that came back here: the parent reports
     if forks:
-        report = dataclasses.replace(report, notes=(*report.notes, f"the checked code forked {len(forks)} times; only the first process was checked"))
+        report = dataclasses.replace(
+            report,
+            notes=(*report.notes, f"the checked code forked {len(forks)} times; only the first process was checked"),
+        )
     _write(result, to_json(report))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -49,7 +49,7 @@ def _not_bfloat16(on_device: OnDevice, args: Sequence[Any], kwargs: Mapping[str,
 def _sorting(on_device: OnDevice, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """isin: many test elements are sorted, and without assume_unique made unique first."""
     unique = bool(kwargs.get("assume_unique", False))
-    return not unique and args[1].numel() >= 10.0 * args[0].numel() ** 0.145
+    return not unique and bool(args[1].numel() >= 10.0 * args[0].numel() ** 0.145)
 
 
 def _checks_lengths(on_device: OnDevice, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -47,9 +47,9 @@ def asks_as_user(file: str) -> bool:
     if not in_torch(file):
         return True
     rest = file[len(_TORCH_DIR) :].replace(os.sep, "/")
-    return rest.startswith(("optim/", "nn/modules/", "nn/utils/", "nn/attention/", "nn/parallel/", "distributions/", "cuda/", "amp/")) or (
-        rest in ("utils/_foreach_utils.py", "accelerator/__init__.py")
-    )
+    return rest.startswith(
+        ("optim/", "nn/modules/", "nn/utils/", "nn/attention/", "nn/parallel/", "distributions/", "cuda/", "amp/")
+    ) or (rest in ("utils/_foreach_utils.py", "accelerator/__init__.py"))
 
 
 def _walk(frame: FrameType | None, limit: int) -> list[Frame]:

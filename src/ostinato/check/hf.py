@@ -75,7 +75,9 @@ def _model_class(config: Any) -> Any:
     mapping = transformers.AutoModelForCausalLM._model_mapping
     if type(config) in mapping:
         return mapping[type(config)]
-    raise UsageError(f"transformers has no causal language model for {type(config).__name__}: set architectures in the config")
+    raise UsageError(
+        f"transformers has no causal language model for {type(config).__name__}: set architectures in the config"
+    )
 
 
 def wanted_dtype(config: Any, dtype: torch.dtype | None, *, is_meta: bool) -> torch.dtype:
@@ -158,7 +160,13 @@ def decode_subject(config: Any, dtype: torch.dtype | None, variant: Variant, *, 
     return Subject(decode, tuple(calls))
 
 
-def check_hf(where: str, settings: Settings, progress: Progress, *, cache: str = "all", dtype: torch.dtype | None = None) -> Report:
+def _maker(config: Any, dtype: torch.dtype | None, variant: Variant, is_meta: bool) -> Callable[[], Subject]:
+    return lambda: decode_subject(config, dtype, variant, is_meta=is_meta)
+
+
+def check_hf(
+    where: str, settings: Settings, progress: Progress, *, cache: str = "all", dtype: torch.dtype | None = None
+) -> Report:
     """Check decode steps of the model that a config describes, with each of its caches.
 
     A kind of cache that the model does not run with becomes a note. Raises CheckError if none runs.
@@ -167,13 +175,21 @@ def check_hf(where: str, settings: Settings, progress: Progress, *, cache: str =
     reports: list[tuple[str, Report]] = []
     refused: list[str] = []
     for variant in _variants(config, settings, cache):
-        make: Callable[[], Subject] = lambda v=variant: decode_subject(config, dtype, v, is_meta=settings.meta)  # type: ignore[misc]  # v is bound per variant
         try:
-            reports.append((variant.name, check_subject(make, settings, target=f"hf:{where}", progress=progress)))
+            reports.append(
+                (
+                    variant.name,
+                    check_subject(
+                        _maker(config, dtype, variant, settings.meta), settings, target=f"hf:{where}", progress=progress
+                    ),
+                )
+            )
         except CheckError as error:
             refused.append(str(error))
     if not reports:
         raise CheckError("; ".join(refused))
     report = merged(reports, f"hf:{where}")
     kind = str(wanted_dtype(config, dtype, is_meta=settings.meta)).removeprefix("torch.")
-    return replace(report, notes=(*report.notes, *refused), assumptions=(*report.assumptions, f"dtype {kind}", "batch 1"))
+    return replace(
+        report, notes=(*report.notes, *refused), assumptions=(*report.assumptions, f"dtype {kind}", "batch 1")
+    )

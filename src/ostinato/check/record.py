@@ -119,7 +119,7 @@ class Recorder:
         if self.keep and entry.device is not None and tensor.layout == torch.strided:
             with self.world.mute(), torch.no_grad():
                 storage = tensor.untyped_storage()
-                external.alias = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]  # the stubs lack set_(UntypedStorage)
+                external.alias = torch.empty(0, dtype=torch.uint8).set_(storage)
                 external.before = external.alias.clone()
         return external
 
@@ -281,7 +281,9 @@ class Recorder:
         return len(self._aliases)
 
 
-def _written(world: World, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[StorageEntry]:
+def _written(
+    world: World, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[StorageEntry]:
     found: list[StorageEntry] = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

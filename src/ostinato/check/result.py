@@ -71,7 +71,11 @@ class Report:
     def summary(self) -> str:
         """One line: what was found, over what, and what stays unknown."""
         counts = Counter(f.severity for f in self.findings if f.suppressed is None)
-        named = [f"{counts[s]} {s.label}{'s' if counts[s] != 1 and s is not Severity.INFO else ''}" for s in reversed(Severity) if counts[s]]
+        named = [
+            f"{counts[s]} {s.label}{'s' if counts[s] != 1 and s is not Severity.INFO else ''}"
+            for s in reversed(Severity)
+            if counts[s]
+        ]
         found = ", ".join(named) or "no violation"
         if self.is_static_only:
             return f"{found} in {self.num_regions} files that were read; nothing was run"
@@ -111,4 +115,25 @@ def merged(reports: list[tuple[str, Report]], target: str) -> Report:
         partial="; ".join(f"{v}: {r.partial}" for v, r in reports if r.partial),
         notes=tuple(f"{v}: {n}" for v, r in reports for n in r.notes),
         not_reached=tuple(dict.fromkeys(f for _, r in reports for f in r.not_reached)),
+    )
+
+
+def with_gpu(report: Report, real: Report) -> Report:
+    """A report of the CPU passes together with one of the GPU: what both found is counted once, as the GPU proved it."""
+    seen = {(f.rule.code, f.where.file, f.where.line) for f in report.findings}
+    new = [f for f in real.findings if (f.rule.code, f.where.file, f.where.line) not in seen]
+    return Report(
+        target=report.target,
+        findings=sorted_findings([*report.findings, *new]),
+        passes=(*report.passes, *real.passes),
+        num_regions=report.num_regions,
+        num_ops=report.num_ops,
+        partial="; ".join(filter(None, (report.partial, real.partial))),
+        internal=report.internal,
+        notes=(*report.notes, *real.notes),
+        assumptions=report.assumptions,
+        opaque_ops=report.opaque_ops,
+        not_reached=report.not_reached,
+        torch_version=report.torch_version,
+        printed=report.printed,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -41,7 +42,7 @@ _MAX_COMPARED_REPLAYS = 3
 class _Capture:
     """One captured graph: its tape, and how to run its body again."""
 
-    frame: FrameType | None
+    code: CodeType | None
     recorder: Recorder
     body: CodeType | None = None
     names: tuple[str, ...] = ()
@@ -102,7 +103,9 @@ class ScriptWatcher:
         """A capture begins: record it."""
         frame = _user_frame()
         self.world.call += 1
-        capture = _Capture(frame, Recorder(self.world, keep=not self.settings.meta))
+        capture = _Capture(
+            frame.f_code if frame is not None else None, Recorder(self.world, keep=not self.settings.meta)
+        )
         if frame is not None:
             capture.body, capture.names = _with_body(frame.f_code.co_filename, frame.f_lineno)
         self.captures[id(graph)] = capture
@@ -115,7 +118,8 @@ class ScriptWatcher:
         self.num_ops += len(capture.recorder.operations)
         if self.settings.meta:
             return
-        values = _namespace(capture.frame, capture.names)
+        frame = _running(capture.code)
+        values = {name: {**frame.f_globals, **frame.f_locals}.get(name) for name in capture.names} if frame else {}
         capture.tape = Tape(self.world, capture.recorder, [], values)
         capture.tape.restore()
         capture.tape.poison()
@@ -132,29 +136,29 @@ class ScriptWatcher:
                 text = f"the tensor of shape {list(external.shape)} that is read here has been freed: its memory may hold anything"
                 self._hazard("FREED_INPUT", text, "free", external.first_read, "tape")
         capture.num_replays += 1
-        rng = torch.random.default_generator.get_state()
-        if capture.num_replays <= _MAX_COMPARED_REPLAYS and capture.body is not None and capture.frame is not None:
-            self._compare(capture, tape)
-        torch.random.default_generator.set_state(rng)
+        rng = torch.default_generator.get_state()
+        frame = _running(capture.code)
+        if capture.num_replays <= _MAX_COMPARED_REPLAYS and capture.body is not None and frame is not None:
+            self._compare(capture, capture.body, frame, tape)
+        del frame
+        torch.default_generator.set_state(rng)
         try:
             tape.replay()
         except CheckError as error:
             self._hazard("REPLAY_DIFFERS", str(error), "replay", _where(capture), "tape")
 
-    def _compare(self, capture: _Capture, tape: Tape) -> None:
+    def _compare(self, capture: _Capture, body: CodeType, frame: FrameType, tape: Tape) -> None:
         """Run the body as eager code, on the state that the replay will see, and compare."""
-        assert capture.frame is not None and capture.body is not None
         world = self.world
         state = tape.save()
-        space = dict(capture.frame.f_globals)
-        space.update(capture.frame.f_locals)
+        space = {**frame.f_globals, **frame.f_locals}
         recorder = Recorder(world)
         world.call += 1
         world.recorder = recorder
-        torch.random.default_generator.manual_seed(capture.num_replays)
+        torch.default_generator.manual_seed(capture.num_replays)
         try:
             with world.region(), world.hush():
-                exec(capture.body, space)
+                exec(body, space)
         except (Exception, SystemExit) as error:
             self.notes.append(f"the body of the capture could not be run again: {describe(error)}")
             tape.load(state)
@@ -168,7 +172,9 @@ class ScriptWatcher:
         eager = {name: space.get(name) for name in capture.names}
         mismatch = compare_with_eager(tape, eager, state, [], capture.num_replays, capture.num_replays)
         if mismatch is not None and not capture.hazards:
-            self._hazard("REPLAY_DIFFERS", f"replay {mismatch.call}: {mismatch.message}", "replay", _where(capture), "tape")
+            self._hazard(
+                "REPLAY_DIFFERS", f"replay {mismatch.call}: {mismatch.message}", "replay", _where(capture), "tape"
+            )
         tape.load(state)
 
     # ------------------------------------------------------------------ results
@@ -195,10 +201,12 @@ class ScriptWatcher:
         differences = [d for c in self.captures.values() for d in c.hazards]
         for calls in self.marked_calls.values():
             steady = calls[1:] if len(calls) > 2 else calls
-            for first, second in zip(steady, steady[1:], strict=False):
+            for first, second in itertools.pairwise(steady):
                 differences += compare_calls(first, second)
         if has_errors and differences:
-            self.notes.append(f"{len(differences)} differences between calls may follow from the capture errors: fix those first")
+            self.notes.append(
+                f"{len(differences)} differences between calls may follow from the capture errors: fix those first"
+            )
             return found
         for difference in differences:
             self._hazard(difference.rule, difference.message, difference.op, difference.where, "trace")
@@ -217,11 +225,12 @@ def _user_frame() -> FrameType | None:
     return frame
 
 
-def _namespace(frame: FrameType | None, names: tuple[str, ...]) -> dict[str, Any]:
-    if frame is None:
-        return {}
-    space = {**frame.f_globals, **frame.f_locals}
-    return {name: space.get(name) for name in names}
+def _running(code: CodeType | None) -> FrameType | None:
+    """The frame of this code, if it still runs. Frames are not kept: that would keep alive what the script frees."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
 
 
 def _with_body(file: str, line: int) -> tuple[CodeType | None, tuple[str, ...]]:
@@ -274,7 +283,9 @@ def check_script(path: Path, arguments: list[str], settings: Settings, progress:
             _ACTIVE.pop()
         findings = watcher.conclude()
     table = load_table(settings.torch_version)
-    passes = [PassRun("pretend", time.perf_counter() - start, f"{world.num_regions} regions, {watcher.num_ops} operations")]
+    passes = [
+        PassRun("pretend", time.perf_counter() - start, f"{world.num_regions} regions, {watcher.num_ops} operations")
+    ]
     if watcher.num_replays:
         passes.append(PassRun("tape", 0.0, f"{watcher.num_replays} replays"))
     return Report(
@@ -289,4 +300,3 @@ def check_script(path: Path, arguments: list[str], settings: Settings, progress:
         opaque_ops=dict(world.opaque_ops),
         torch_version=torch.__version__,
     )
-

@@ -6,7 +6,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from ostinato.errors import CheckError, OstinatoError
 _SEED = 20_000
 _MIN_CALLS = 4
 _CAPTURED_CALL = 1
-_LEAKING_OPS = frozenset(f"aten.{n}" for n in "_local_scalar_dense.default item.default is_nonzero.default equal.default allclose.default copy_.default".split())
+_LEAKING_OPS = frozenset(
+    f"aten.{name}.default" for name in ("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "copy_")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Settings:
     meta: bool = False
     tape: bool = True
     num_calls: int = _MIN_CALLS
-    gpu: Gpu = Gpu()
+    gpu: Gpu = field(default_factory=Gpu)
     torch_version: str | None = None
     coverage: bool = True
 
@@ -104,7 +106,7 @@ def check_subject(
     start = time.perf_counter()
     with pretence(gpu=settings.gpu, torch_version=settings.torch_version, meta=settings.meta) as world:
         progress.world = world
-        torch.random.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         try:
             subject = make()
             num_adopted = adopt(world, subject) if adopts else 0
@@ -119,7 +121,10 @@ def check_subject(
         findings = run.conclude()
     seconds = time.perf_counter() - start
     name = "pretend --meta" if settings.meta else "pretend"
-    passes = [PassRun(name, seconds, f"{run.num_done} calls, {run.num_ops} operations"), PassRun("trace", 0.0, f"{run.num_compared} pairs of calls")]
+    passes = [
+        PassRun(name, seconds, f"{run.num_done} calls, {run.num_ops} operations"),
+        PassRun("trace", 0.0, f"{run.num_compared} pairs of calls"),
+    ]
     if run.num_replayed:
         passes.append(PassRun("tape", 0.0, f"{run.num_replayed} replays against eager"))
     notes = list(run.notes)
@@ -157,7 +162,11 @@ def _unreached(lines: LinesRun) -> list[Finding]:
             if finding.where.line in ran or finding.where.line not in inside:
                 continue
             text = f"in a branch that no call reached: {finding.message}"
-            found.append(replace(finding, severity=min(finding.severity, Severity.WARNING), certainty=Certainty.SUSPECT, message=text))
+            found.append(
+                replace(
+                    finding, severity=min(finding.severity, Severity.WARNING), certainty=Certainty.SUSPECT, message=text
+                )
+            )
     return found
 
 
@@ -195,7 +204,9 @@ class _Run:
                 self._one_call(index, call)
             except RegionRaisedError as error:
                 if is_repeat and self.num_done:
-                    self.notes.append(f"call {index + 1}, which repeats the given arguments, raised and was left out: {error}")
+                    self.notes.append(
+                        f"call {index + 1}, which repeats the given arguments, raised and was left out: {error}"
+                    )
                     self._forget_call(index)
                 else:
                     self.partial = f"call {index + 1} raised {error}"
@@ -207,7 +218,7 @@ class _Run:
     def _look_for_freed(self) -> None:
         gc.collect()
         for external in itertools.chain.from_iterable(r.externals.values() for r in self.recorders if not r.keep):
-            if external.entry.device is not None and external.entry.ref.expired():
+            if external.entry.device is not None and external.entry.ref.is_dead:
                 self.freed.append((external.first_read, external.shape))
 
     def _forget_call(self, index: int) -> None:
@@ -226,7 +237,7 @@ class _Run:
         wants_tape = self.settings.tape and not self.settings.meta
         recorder = Recorder(world, arguments, keep=wants_tape and index == _CAPTURED_CALL)
         state = self._tape.save() if self._tape is not None else []
-        torch.random.default_generator.manual_seed(_SEED + index)
+        torch.default_generator.manual_seed(_SEED + index)
         result = self._in_region(recorder, args, kwargs, index)
         if recorder.keep:
             self._tape = Tape(world, recorder, arguments, result)
@@ -250,7 +261,9 @@ class _Run:
                     return self.subject.fn(*args, **kwargs)
                 except (Exception, SystemExit) as error:
                     stack = raised_at(error.__traceback__)
-                    world.report("RAISED", Severity.ERROR, describe(error), type(error).__name__, stack=stack or (NOWHERE,))
+                    world.report(
+                        "RAISED", Severity.ERROR, describe(error), type(error).__name__, stack=stack or (NOWHERE,)
+                    )
                     raise RegionRaisedError(describe(error), stack) from error
         finally:
             world.recorder = None
@@ -263,7 +276,9 @@ class _Run:
         differences = self._differences()
         if any(leaks(f) for f in violations):
             if differences:
-                self.notes.append(f"{len(differences)} differences between calls may follow from the capture errors: fix those first")
+                self.notes.append(
+                    f"{len(differences)} differences between calls may follow from the capture errors: fix those first"
+                )
             return found
         found += [self._hazard(difference) for difference in differences]
         found += self._from_dataflow(found)
@@ -274,9 +289,15 @@ class _Run:
     def _violations(self) -> list[Finding]:
         found: list[Finding] = []
         for finding, per_call in self.world.counted():
-            if self.num_done > 1 and set(per_call) == {0} and finding.severity >= Severity.HAZARD and finding.rule.name != "RAISED":
+            if (
+                self.num_done > 1
+                and set(per_call) == {0}
+                and finding.severity >= Severity.HAZARD
+                and finding.rule.name != "RAISED"
+            ):
                 text = f"{finding.message}; only in the first call: warm up before the capture"
-                finding = replace(finding, severity=Severity.WARNING, message=text)
+                found.append(replace(finding, severity=Severity.WARNING, message=text))
+                continue
             found.append(finding)
         return found
 
@@ -325,7 +346,9 @@ class _Run:
             entry = external.entry
             if entry.device is not None and entry.born_call == 0 and entry.from_inputs and entry.written_call <= 0:
                 text = "computed from the arguments of the first call, and read ever after without being updated"
-                found["frozen", entry.born_at] = self._finding("FROZEN_WARMUP", text, "first call", entry.born_at, "trace")
+                found["frozen", entry.born_at] = self._finding(
+                    "FROZEN_WARMUP", text, "first call", entry.born_at, "trace"
+                )
         return list(found.values()) + self._unread()
 
     def _unread(self) -> list[Finding]:
@@ -356,4 +379,3 @@ class _Run:
         operations = self.recorders[_CAPTURED_CALL].operations
         where = operations[-1].where if operations else NOWHERE
         return [*found, self._finding("REPLAY_DIFFERS", text, "replay", where, "tape")]
-

@@ -42,7 +42,9 @@ class Subject:
     static: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, fn: Callable[..., Any], calls: Sequence[Any], static: Mapping[str, torch.Tensor] | None = None) -> Subject:
+    def of(
+        cls, fn: Callable[..., Any], calls: Sequence[Any], static: Mapping[str, torch.Tensor] | None = None
+    ) -> Subject:
         """Make a subject from loosely written calls. Raises UsageError if there is none, or fn cannot be called."""
         if not callable(fn):
             raise UsageError(f"what should be checked is a {type(fn).__name__}, which cannot be called")

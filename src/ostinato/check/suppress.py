@@ -53,7 +53,9 @@ def suppressions(file: str) -> tuple[Suppression, ...]:
             continue
         keys = [k for k in match[1].split(",") if k.strip()]
         if not keys:
-            raise UsageError(f"{file}:{token.start[0]}: name the rule that is suppressed, as in '# graph: ok[CG104] reason'")
+            raise UsageError(
+                f"{file}:{token.start[0]}: name the rule that is suppressed, as in '# graph: ok[CG104] reason'"
+            )
         found.append(Suppression(token.start[0], frozenset(rule(k).code for k in keys), match[2].strip()))
     return tuple(found)
 
@@ -70,12 +72,18 @@ def apply_suppressions(findings: Iterable[Finding], considered: Mapping[str, set
     used: set[tuple[str, int]] = set()
     for finding in findings:
         match = next(
-            (s for s in suppressions(finding.where.file) if s.line == finding.where.line and finding.rule.code in s.rules), None
+            (
+                s
+                for s in suppressions(finding.where.file)
+                if s.line == finding.where.line and finding.rule.code in s.rules
+            ),
+            None,
         )
         if match is not None:
             used.add((finding.where.file, match.line))
-            finding = replace(finding, suppressed=match.reason or "no reason given")
-        result.append(finding)
+            result.append(replace(finding, suppressed=match.reason or "no reason given"))
+        else:
+            result.append(finding)
     for file, lines in considered.items():
         for item in suppressions(file):
             if (file, item.line) in used or (lines is not None and item.line not in lines):
@@ -83,7 +91,16 @@ def apply_suppressions(findings: Iterable[Finding], considered: Mapping[str, set
             where = Frame(file, item.line, "")
             text = f"nothing to suppress here for {', '.join(sorted(item.rules))}"
             result.append(
-                Finding(RULES["UNUSED_SUPPRESSION"], Severity.INFO, Certainty.PROVED, text, "comment", where, "suppressions", (where,))
+                Finding(
+                    RULES["UNUSED_SUPPRESSION"],
+                    Severity.INFO,
+                    Certainty.PROVED,
+                    text,
+                    "comment",
+                    where,
+                    "suppressions",
+                    (where,),
+                )
             )
     return result
 
@@ -111,5 +128,6 @@ def write_baseline(path: Path, findings: Iterable[Finding]) -> int:
 def apply_baseline(findings: Iterable[Finding], fingerprints: frozenset[str]) -> tuple[Finding, ...]:
     """Mark what the baseline lists as suppressed."""
     return tuple(
-        replace(f, suppressed="in the baseline") if f.suppressed is None and f.fingerprint in fingerprints else f for f in findings
+        replace(f, suppressed="in the baseline") if f.suppressed is None and f.fingerprint in fingerprints else f
+        for f in findings
     )

@@ -89,7 +89,7 @@ class Tape:
         with self.world.mute(), torch.no_grad():
             for tensor in self.recorder.born.values():
                 if self.world.on_device(tensor) and tensor.untyped_storage().nbytes():
-                    poison_(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()))  # type: ignore[call-overload]  # as in record.py
+                    poison_(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()))
 
     def replay(self) -> None:
         """Run every operation again, over the tensors of the capture.
@@ -104,7 +104,9 @@ class Tape:
                 try:
                     result = self.world.run_op(op.func, op.args, op.kwargs)
                 except (RuntimeError, IndexError, ValueError, NotImplementedError) as error:
-                    raise CheckError(f"{op.func} fails at replay ({_one_line(error)}): {op.where.file}:{op.where.line}") from error
+                    raise CheckError(
+                        f"{op.func} fails at replay ({_one_line(error)}): {op.where.file}:{op.where.line}"
+                    ) from error
                 fresh = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
                 for kept, new in zip(op.outputs, fresh, strict=False):
                     if storage_key(kept) == storage_key(new):
@@ -116,6 +118,8 @@ class Tape:
 
     def freed(self) -> list[External]:
         """Storages from outside that nobody but this tape keeps alive."""
+        with self.world.mute():
+            unseen = _unseen_owners()
         own: dict[int, int] = {}
         for alias in self.recorder._aliases:
             key = storage_key(alias)
@@ -127,9 +131,16 @@ class Tape:
             key = storage_key(external.alias)
             if key is None or external.first_read.line == 0:
                 continue
-            if torch._C._storage_Use_Count(key) <= own.get(key, 0) + 1:
+            if torch._C._storage_Use_Count(key) <= own.get(key, 0) + 1 + unseen:
                 found.append(external)
         return found
+
+
+def _unseen_owners() -> int:
+    """How many owners PyTorch counts for a storage besides its tensors (its Python object is one)."""
+    tensor = torch.empty(4, dtype=torch.uint8)
+    alias = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    return int(torch._C._storage_Use_Count(alias.untyped_storage()._cdata)) - 2
 
 
 def _one_line(error: BaseException) -> str:
@@ -138,11 +149,16 @@ def _one_line(error: BaseException) -> str:
 
 def _write(alias: torch.Tensor | None, value: torch.Tensor | None) -> None:
     if alias is not None and value is not None and alias.untyped_storage().nbytes() >= value.numel():
-        torch.empty(0, dtype=torch.uint8).set_(alias.untyped_storage())[: value.numel()].copy_(value)  # type: ignore[call-overload]  # as in record.py
+        torch.empty(0, dtype=torch.uint8).set_(alias.untyped_storage())[: value.numel()].copy_(value)
 
 
 def compare_with_eager(
-    tape: Tape, eager_result: Any, state_before: Sequence[torch.Tensor], arguments: Sequence[torch.Tensor], call: int, seed: int
+    tape: Tape,
+    eager_result: Any,
+    state_before: Sequence[torch.Tensor],
+    arguments: Sequence[torch.Tensor],
+    call: int,
+    seed: int,
 ) -> TapeMismatch | None:
     """Replay on the arguments and the state that an eager call had, and compare outputs and the state left behind.
 
@@ -154,7 +170,7 @@ def compare_with_eager(
     expected_state = tape.save()
     tape.load(state_before)
     tape.fill_inputs(arguments)
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     problem: str | None = None
     try:
         tape.replay()
@@ -177,7 +193,7 @@ def _compare_state(tape: Tape, expected: Sequence[torch.Tensor]) -> Mismatch | N
         alias = external.alias
         if alias is None or external.entry.written_call < 0 or storage_key(alias) in inputs:
             continue
-        whole = torch.empty(0, dtype=torch.uint8).set_(alias.untyped_storage())  # type: ignore[call-overload]  # as in record.py
+        whole = torch.empty(0, dtype=torch.uint8).set_(alias.untyped_storage())
         mismatch = compare_outputs(_as_numbers(want, external), _as_numbers(whole, external), path="state")
         if mismatch is not None:
             return mismatch

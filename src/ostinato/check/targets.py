@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from ostinato.check.gpu import check_on_gpu
 from ostinato.check.hf import check_hf
-from ostinato.check.result import Report
+from ostinato.check.result import Report, with_gpu
 from ostinato.check.script import check_script
 from ostinato.check.session import Progress, Settings, check_subject
 from ostinato.check.subject import Subject
@@ -32,6 +33,7 @@ def run_target(
     arguments: list[str] | None = None,
     cache: str = "all",
     dtype: str | None = None,
+    passes: str = "all",
 ) -> Report:
     """Check what ``target`` names.
 
@@ -42,6 +44,7 @@ def run_target(
         arguments: ``sys.argv[1:]`` of a script.
         cache: for ``hf:`` targets, which kind of cache: ``static``, ``dynamic`` or ``all``.
         dtype: for ``hf:`` targets, the dtype's name; default what the config says.
+        passes: ``cpu``, ``gpu``, or ``all``: the GPU too where there is one, for a callable.
 
     Raises UsageError for a target that names nothing, CheckError if its code fails before a region is reached.
     """
@@ -50,7 +53,11 @@ def run_target(
     path, separator, name = target.rpartition(":")
     if not separator or (os.name == "nt" and len(path) == 1):
         return _run_script(Path(target), arguments or [], settings, progress)
-    return check_subject(lambda: _built(path, name), settings, target=target, progress=progress)
+    wants_gpu = passes == "gpu" or (passes == "all" and torch.cuda.is_available() and not settings.meta)
+    if passes == "gpu":
+        return check_on_gpu(lambda: _built(path, name), target=target)
+    report = check_subject(lambda: _built(path, name), settings, target=target, progress=progress)
+    return with_gpu(report, check_on_gpu(lambda: _built(path, name), target=target)) if wants_gpu else report
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -111,7 +118,9 @@ def _call_factory(factory: Callable[..., Any], target: str) -> Any:
         parameters = list(inspect.signature(factory).parameters.values())
     except (TypeError, ValueError) as error:
         raise UsageError(f"the signature of {target} cannot be read: {error}") from error
-    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     if len(required) > 1 or any(p.default is p.empty and p.kind is p.KEYWORD_ONLY for p in parameters):
         names = ", ".join(p.name for p in required)
         raise UsageError(f"{target} needs {names}: a factory takes nothing, or the device; {_FACTORY}")
@@ -126,6 +135,11 @@ def subject_from(made: Any, target: str) -> Subject:
     """What a factory returned, as a subject. Raises UsageError if it is none."""
     if isinstance(made, Subject):
         return made
-    if isinstance(made, tuple | list) and len(made) in (2, 3) and callable(made[0]) and isinstance(made[1], list | tuple):
+    if (
+        isinstance(made, tuple | list)
+        and len(made) in (2, 3)
+        and callable(made[0])
+        and isinstance(made[1], list | tuple)
+    ):
         return Subject.of(made[0], made[1], made[2] if len(made) == 3 else None)
     raise UsageError(f"{target} returned {type(made).__name__}: {_FACTORY}")

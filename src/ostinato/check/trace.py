@@ -55,7 +55,10 @@ def _compare_operands(first: Operation, second: Operation) -> list[Difference]:
             if a.shape != b.shape:
                 add("SHAPE_CHANGES", f"a host tensor of shape {list(a.shape)} in one call, {list(b.shape)} in the next")
             else:
-                add("BAKED_SCALAR", f"a host tensor holds {_clipped(a.value)} in one call, {_clipped(b.value)} in the next")
+                add(
+                    "BAKED_SCALAR",
+                    f"a host tensor holds {_clipped(a.value)} in one call, {_clipped(b.value)} in the next",
+                )
         else:
             add("BAKED_SCALAR", f"{_clipped(a)} in one call, {_clipped(b)} in the next")
     if len(first.operands) != len(second.operands) and not found:

@@ -18,9 +18,9 @@ from ostinato.check.op_table import load_table
 from ostinato.check.pretend.cuda import pretended_cuda
 from ostinato.check.pretend.dispatch import PretendDispatch
 from ostinato.check.pretend.functions import PretendFunctions
-from ostinato.check.pretend.world import Placing, Gpu, World
+from ostinato.check.pretend.world import Gpu, Placing, World
 
-__all__ = ["Placing", "Gpu", "World", "pretence"]
+__all__ = ["Gpu", "Placing", "World", "pretence"]
 
 
 @contextlib.contextmanager
@@ -37,7 +37,14 @@ def pretence(*, gpu: Gpu | None = None, torch_version: str | None = None, meta: 
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     stance = torch.compiler.set_stance("force_eager")
-    with warnings.catch_warnings(), stance, pretended_cuda(world), fake, PretendFunctions(world), PretendDispatch(world):
+    with (
+        warnings.catch_warnings(),
+        stance,
+        pretended_cuda(world),
+        fake,
+        PretendFunctions(world),
+        PretendDispatch(world),
+    ):
         warnings.simplefilter("ignore")  # what the checked code warns of must not become an error of the check
         logger.setLevel(logging.CRITICAL)  # it prints a stack for every operation that a fallback then handles
         try:

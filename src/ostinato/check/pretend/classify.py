@@ -16,7 +16,9 @@ from ostinato.check.op_table import declared_effect
 from ostinato.check.pretend.transfer import report_transfer
 from ostinato.check.pretend.world import World
 
-_KNOWN_NAMESPACES = frozenset({"aten", "prims", "prim", "quantized", "torchvision", "higher_order", "profiler", "debugprims"})
+_KNOWN_NAMESPACES = frozenset(
+    {"aten", "prims", "prim", "quantized", "torchvision", "higher_order", "profiler", "debugprims"}
+)
 _INDEX_WRITES = frozenset({"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"})
 _INDEX_READS = frozenset({"index", "_unsafe_index"})
 _COPIES = frozenset({"copy_", "copy", "_to_copy", "to"})
@@ -30,7 +32,9 @@ _TAKES_HOST = frozenset(
 )  # fmt: skip
 _ALIASES = frozenset({"detach", "alias", "view", "lift_fresh", "lift_fresh_copy", "_pin_memory", "is_pinned"})
 _LARGE_BYTES = 64 * 1024
-_FILLS = frozenset({"zeros", "ones", "full", "zero_", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"})
+_FILLS = frozenset(
+    {"zeros", "ones", "full", "zero_", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}
+)
 
 
 def op_base(func: torch._ops.OpOverload) -> str:
@@ -57,7 +61,10 @@ def _classify_index(world: World, name: str, base: str, args: Sequence[Any]) -> 
     if masks:
         if not _is_masked_fill(world, base, args, indices):
             world.report(
-                "DYNAMIC_SHAPE", Severity.ERROR, "indexing with a boolean mask calls nonzero, whose size the host waits for", name
+                "DYNAMIC_SHAPE",
+                Severity.ERROR,
+                "indexing with a boolean mask calls nonzero, whose size the host waits for",
+                name,
             )
     elif base in _INDEX_WRITES and world.on_device(target):
         value = args[2]
@@ -74,7 +81,11 @@ def _classify_table(world: World, func: torch._ops.OpOverload, args: Sequence[An
     name = str(func)
     effect = world.table.effects.get(name)
     if effect is None:
-        if func.namespace == "aten" and torch.Tag.dynamic_output_shape in func.tags and op_base(func) not in _INDEX_READS:
+        if (
+            func.namespace == "aten"
+            and torch.Tag.dynamic_output_shape in func.tags
+            and op_base(func) not in _INDEX_READS
+        ):
             world.report("DYNAMIC_SHAPE", Severity.ERROR, "the output size depends on device data", name)
             return True
         return False
@@ -98,7 +109,9 @@ def _classify_custom(world: World, func: torch._ops.OpOverload) -> bool:
     if declared == "sync" or torch.Tag.cudagraph_unsafe in func.tags:
         world.report("D2H_SYNC", Severity.ERROR, "declared by its author as unsafe in a capture", name)
     elif declared == "dynamic" or torch.Tag.dynamic_output_shape in func.tags:
-        world.report("DYNAMIC_SHAPE", Severity.ERROR, "declared by its author: the output size depends on device data", name)
+        world.report(
+            "DYNAMIC_SHAPE", Severity.ERROR, "declared by its author: the output size depends on device data", name
+        )
     elif declared is None and func.namespace not in world.table.device_namespaces:
         world.opaque_ops[name] = world.opaque_ops.get(name, 0) + 1
         world.report("OPAQUE_OP", Severity.INFO, "a custom operation: what it does on the host is not known", name)

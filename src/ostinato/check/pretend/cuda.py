@@ -89,7 +89,9 @@ def _by_caller(pretended: Any, real: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
-def _reporting(world: World, rule: str, severity: Severity, message: str, op: str, result: Any = None) -> Callable[..., Any]:
+def _reporting(
+    world: World, rule: str, severity: Severity, message: str, op: str, result: Any = None
+) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         world.report(rule, severity, message, op)
         return result
@@ -129,7 +131,9 @@ def _patch_state(world: World, patches: Patches) -> None:
         "graph_pool_handle": (0, 1),
     }
     answers |= dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0)
-    answers |= dict.fromkeys(("reset_peak_memory_stats", "reset_max_memory_allocated", "set_sync_debug_mode", "ipc_collect"))
+    answers |= dict.fromkeys(
+        ("reset_peak_memory_stats", "reset_max_memory_allocated", "set_sync_debug_mode", "ipc_collect")
+    )
     for name, value in answers.items():
         patches.put(cuda, name, _answer(value))
     for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
@@ -182,8 +186,15 @@ def _patch_violations(world: World, patches: Patches) -> None:
     waits = _reporting(world, "STREAM_SYNC", Severity.ERROR, "the host waits for the device", "torch.cuda.synchronize")
     patches.put(cuda, "synchronize", waits)
     patches.put(torch.accelerator, "synchronize", waits)
-    for name in ("empty_cache", "set_per_process_memory_fraction", "caching_allocator_alloc", "caching_allocator_delete"):
-        call = _reporting(world, "ALLOCATOR", Severity.ERROR, "the allocator may not be changed in a capture", f"torch.cuda.{name}", 0)
+    for name in (
+        "empty_cache",
+        "set_per_process_memory_fraction",
+        "caching_allocator_alloc",
+        "caching_allocator_delete",
+    ):
+        call = _reporting(
+            world, "ALLOCATOR", Severity.ERROR, "the allocator may not be changed in a capture", f"torch.cuda.{name}", 0
+        )
         patches.put(cuda, name, call)
         patches.put(cuda.memory, name, call)
     seeds = "seeding in a capture: refused, or ignored if the seed is the current one"
@@ -191,7 +202,12 @@ def _patch_violations(world: World, patches: Patches) -> None:
         patches.put(cuda, name, _reporting(world, "RNG_SEED", Severity.HAZARD, seeds, f"torch.cuda.{name}"))
         patches.put(cuda.random, name, _reporting(world, "RNG_SEED", Severity.HAZARD, seeds, f"torch.cuda.{name}"))
     state_read = _reporting(
-        world, "D2H_SYNC", Severity.ERROR, "the generator's state is read or set by the host", "rng_state", torch.zeros(16, dtype=torch.uint8)
+        world,
+        "D2H_SYNC",
+        Severity.ERROR,
+        "the generator's state is read or set by the host",
+        "rng_state",
+        torch.zeros(16, dtype=torch.uint8),
     )
     for name in ("get_rng_state", "get_rng_state_all", "set_rng_state", "set_rng_state_all"):
         patches.put(cuda, name, state_read)
@@ -259,7 +275,12 @@ def _patch_triton(world: World, patches: Patches) -> None:
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
         name = getattr(self, "__name__", None) or getattr(getattr(self, "fn", None), "__name__", "kernel")
         world.opaque_ops[f"triton::{name}"] = world.opaque_ops.get(f"triton::{name}", 0) + 1
-        world.report("OPAQUE_OP", Severity.INFO, "a Triton kernel: it was not run, its outputs keep their old values", f"triton::{name}")
+        world.report(
+            "OPAQUE_OP",
+            Severity.INFO,
+            "a Triton kernel: it was not run, its outputs keep their old values",
+            f"triton::{name}",
+        )
 
     for module, name in owners:
         if module is not None:
@@ -294,7 +315,8 @@ def _patch_grouping(world: World, patches: Patches) -> None:
         groups: dict[Any, Any] = {}
         for (device, dtype), (members, indices) in real(lists, with_indices).items():
             for position, tensor in enumerate(members[0]):
-                key = (world.device_of(tensor) or device, dtype)
+                placed = world.device_of(tensor) if tensor is not None else None
+                key = (placed or device, dtype)
                 found, order = groups.setdefault(key, ([[] for _ in members], []))
                 for column, values in zip(found, members, strict=True):
                     if values:
@@ -311,10 +333,12 @@ def _patch_fake_modules(world: World, patches: Patches) -> None:
     patches.put(FakeTensor, "device", property(_fake_device(world)))
     made: dict[int, tuple[Any, Any, Any]] = {}
 
-    def apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:
+    def apply(
+        self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> torch.nn.Module:
         if recurse:
             for child in self.children():
-                child._apply(fn)
+                child._apply(fn)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         with torch.no_grad():
             for owned in (self._parameters, self._buffers):
                 for key, tensor in owned.items():

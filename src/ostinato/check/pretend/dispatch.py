@@ -17,11 +17,11 @@ from ostinato.check.pretend.world import UNPLACED, World, storage_key
 _FRESH = frozenset({"lift_fresh", "lift_fresh_copy"})
 
 
-class PretendDispatch(TorchDispatchMode):
+class PretendDispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Runs each operation on the CPU and lets its results inherit the pretended device of its operands."""
 
     def __init__(self, world: World) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._world = world
         self._made_up = MadeUp()
         world.run_op = self._run

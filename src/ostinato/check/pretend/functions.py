@@ -97,18 +97,18 @@ def _explicit_placing(world: World, func: Callable[..., Any], kwargs: dict[str, 
 
 
 # ---------------------------------------------------------------------- getters
-@_handles(_T.device.__get__)  # type: ignore[attr-defined]  # a getset descriptor, which the stubs call a property
+@_handles(_T.device.__get__)
 def _device(world: World, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     found = world.device_of(args[0])
     return func(*args, **kwargs) if found is None else found
 
 
-@_handles(_T.is_cuda.__get__)  # type: ignore[attr-defined]  # as above
+@_handles(_T.is_cuda.__get__)
 def _is_cuda(world: World, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> bool:
     return world.on_device(args[0])
 
 
-@_handles(_T.is_cpu.__get__)  # type: ignore[attr-defined]  # as above
+@_handles(_T.is_cpu.__get__)
 def _is_cpu(world: World, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs) and not world.on_device(args[0])
 
@@ -134,7 +134,12 @@ def _pin_memory(world: World, func: Callable[..., Any], args: Args, kwargs: dict
 @_handles(_T.data_ptr)
 def _data_ptr(world: World, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     if world.on_device(args[0]) and caller_is_user():
-        world.report("DATA_PTR", Severity.HAZARD, "Python reads an address, and the graph keeps the one of the capture", "Tensor.data_ptr")
+        world.report(
+            "DATA_PTR",
+            Severity.HAZARD,
+            "Python reads an address, and the graph keeps the one of the capture",
+            "Tensor.data_ptr",
+        )
     if world.is_meta:
         return world.entry(args[0]).serial * 4096 + args[0].storage_offset() * args[0].element_size()
     return func(*args, **kwargs)
@@ -147,7 +152,13 @@ def _record_stream(world: World, func: Callable[..., Any], args: Args, kwargs: d
 
 # ---------------------------------------------------------------------- moves
 def move(
-    world: World, tensor: torch.Tensor, device: torch.device | None, op: str, *, non_blocking: bool = False, copy: bool = False
+    world: World,
+    tensor: torch.Tensor,
+    device: torch.device | None,
+    op: str,
+    *,
+    non_blocking: bool = False,
+    copy: bool = False,
 ) -> torch.Tensor:
     """``tensor.to(device)`` with its findings. ``device`` None or "cpu" is the host."""
     target = device if device is not None and device.type == "cuda" else None

@@ -26,6 +26,6 @@ class PretendGenerator(RealGenerator):
         """``device`` was used by ``__new__``."""
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]  # read-only there too, which the stubs do not say
         """The pretended device."""
         return torch.device("cuda", 0)

@@ -94,7 +94,9 @@ class _GraphContext:
     streams: StreamState
     default_capture_stream: PretendStream | None = None
 
-    def __init__(self, cuda_graph: _Graph, pool: Any = None, stream: PretendStream | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, cuda_graph: _Graph, pool: Any = None, stream: PretendStream | None = None, **kwargs: Any
+    ) -> None:
         self.cuda_graph = cuda_graph
         self._stream = stream
         self._previous: PretendStream | None = None
@@ -117,7 +119,9 @@ class _GraphContext:
             self.streams.current = self._previous
 
 
-def make_graph_classes(world: World, streams: StreamState) -> tuple[type[_Graph], type[_GraphContext], Callable[..., Any]]:
+def make_graph_classes(
+    world: World, streams: StreamState
+) -> tuple[type[_Graph], type[_GraphContext], Callable[..., Any]]:
     """The classes to put into ``torch.cuda``, and ``make_graphed_callables``, bound to this world."""
     graph = type("CUDAGraph", (_Graph,), {"world": world, "streams": streams})
     context = type("graph", (_GraphContext,), {"world": world, "streams": streams})
@@ -125,7 +129,9 @@ def make_graph_classes(world: World, streams: StreamState) -> tuple[type[_Graph]
 
     def make_graphed_callables(callables: Any, sample_args: Any, num_warmup_iters: int = 3, **kwargs: Any) -> Any:
         many = isinstance(callables, tuple | list)
-        for function, arguments in zip(callables if many else [callables], sample_args if many else [sample_args], strict=True):
+        for function, arguments in zip(
+            callables if many else [callables], sample_args if many else [sample_args], strict=True
+        ):
             for _ in range(num_warmup_iters):
                 function(*arguments)
             with world.region(), torch.enable_grad():

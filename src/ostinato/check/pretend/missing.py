@@ -13,7 +13,14 @@ from ostinato.check.finding import Severity
 from ostinato.check.frames import user_frame
 from ostinato.check.pretend.world import World
 
-_MISSING = ("not implemented for", "not implemented on", "BF16", "Could not run", "Expected self.dtype", "only supported on")
+_MISSING = (
+    "not implemented for",
+    "not implemented on",
+    "BF16",
+    "Could not run",
+    "Expected self.dtype",
+    "only supported on",
+)
 _TRUE_TRIPS = 3
 
 
@@ -56,21 +63,29 @@ class MadeUp:
         return tensor.new_empty(rows, dtype=torch.long if is_count else tensor.dtype)
 
 
-def without_cpu_kernel(world: World, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def without_cpu_kernel(
+    world: World, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
     """Compute in another dtype, or keep the shape alone and say so."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     first = next((t for t in tensors if t.is_floating_point()), tensors[0])
     wide = torch.bfloat16 if "grouped_mm" in str(func) else torch.float64
 
     def widen(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or wide is torch.float64) and leaf.dtype != torch.bool:
+        if (
+            isinstance(leaf, torch.Tensor)
+            and (leaf.is_floating_point() or wide is torch.float64)
+            and leaf.dtype != torch.bool
+        ):
             return leaf.to(wide)
         return leaf
 
     with world.mute():
         try:
             result = func(*tree_map(widen, args), **{k: tree_map(widen, v) for k, v in kwargs.items()})
-            return tree_map(lambda o: o.to(first.dtype) if isinstance(o, torch.Tensor) and o.dtype == wide else o, result)
+            return tree_map(
+                lambda o: o.to(first.dtype) if isinstance(o, torch.Tensor) and o.dtype == wide else o, result
+            )
         except (NotImplementedError, RuntimeError, TypeError):
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 fake = [mode.from_tensor(t) for t in tensors]

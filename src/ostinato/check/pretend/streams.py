@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from typing import Any, ClassVar
 
-
 from ostinato.check.finding import Frame, Severity
 from ostinato.check.frames import user_stack
 from ostinato.check.pretend.world import World
@@ -34,7 +33,11 @@ class StreamState:
             return
         for stack in self.forked.values():
             self.world.report(
-                "STREAM_FORK", Severity.ERROR, "this stream is not joined before the capture ends", "Stream.wait_stream", stack=stack
+                "STREAM_FORK",
+                Severity.ERROR,
+                "this stream is not joined before the capture ends",
+                "Stream.wait_stream",
+                stack=stack,
             )
         self.origin, self.forked = None, {}
 
@@ -53,7 +56,10 @@ class StreamState:
                 self.forked.pop(id(awaited), None)
         elif self.takes_part(waiting):
             self.world.report(
-                "STREAM_FORK", Severity.ERROR, "the capture waits for work of a stream that takes no part in it", "Stream.wait_stream"
+                "STREAM_FORK",
+                Severity.ERROR,
+                "the capture waits for work of a stream that takes no part in it",
+                "Stream.wait_stream",
             )
 
     def enter(self, stream: PretendStream) -> None:
@@ -61,7 +67,10 @@ class StreamState:
         self.current = stream
         if self.world.watching and not self.takes_part(stream):
             self.world.report(
-                "STREAM_FORK", Severity.ERROR, "work on a stream that did not wait for the capturing one", "torch.cuda.stream"
+                "STREAM_FORK",
+                Severity.ERROR,
+                "work on a stream that did not wait for the capturing one",
+                "torch.cuda.stream",
             )
 
 
@@ -181,9 +190,7 @@ def make_classes(world: World) -> tuple[type[PretendStream], type[PretendEvent],
     stream = type("Stream", (PretendStream,), {"world": world})
     event = type("Event", (PretendEvent,), {"world": world})
     state = StreamState(world)
-    for made in (stream, event):
-        made.streams = state
+    setattr(stream, "streams", state)  # noqa: B010 - the class is made here, and mypy does not know its attributes
+    setattr(event, "streams", state)  # noqa: B010 - as above
     state.default.__class__ = stream
     return stream, event, state
-
-

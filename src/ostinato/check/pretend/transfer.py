@@ -9,7 +9,13 @@ from ostinato.check.pretend.world import World
 
 
 def report_transfer(
-    world: World, source: torch.Tensor, target: torch.Tensor | None, non_blocking: bool, op: str, *, to: torch.device | None = None
+    world: World,
+    source: torch.Tensor,
+    target: torch.Tensor | None,
+    non_blocking: bool,
+    op: str,
+    *,
+    to: torch.device | None = None,
 ) -> None:
     """Report what a copy does to a capture.
 
@@ -26,7 +32,10 @@ def report_transfer(
         return
     if source_device is not None and target_device is not None:
         world.report(
-            "WRONG_DEVICE", Severity.HAZARD, f"a copy from {source_device} to {target_device} leaves the captured stream", op
+            "WRONG_DEVICE",
+            Severity.HAZARD,
+            f"a copy from {source_device} to {target_device} leaves the captured stream",
+            op,
         )
         return
     if source.numel() == 0:
@@ -37,10 +46,17 @@ def report_transfer(
         elif not non_blocking:
             world.report("H2D_BLOCKING", Severity.ERROR, "a blocking copy from pinned memory waits for the stream", op)
         else:
-            world.report("H2D_PINNED", Severity.HAZARD, "every replay reads this host buffer again: keep it alive and current", op)
+            world.report(
+                "H2D_PINNED",
+                Severity.HAZARD,
+                "every replay reads this host buffer again: keep it alive and current",
+                op,
+            )
         return
     is_pinned = world.is_pinned(target) if target is not None else non_blocking
     if is_pinned and non_blocking:
-        world.report("D2H_PINNED", Severity.HAZARD, "every replay writes this host buffer: read it only after the replay", op)
+        world.report(
+            "D2H_PINNED", Severity.HAZARD, "every replay writes this host buffer: read it only after the replay", op
+        )
     else:
         world.report("D2H_SYNC", Severity.ERROR, "a copy from the device to the host waits for the stream", op)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ostinato.check.finding import NOWHERE, Certainty, Finding, Frame, Severity
 from ostinato.check.frames import user_stack
 from ostinato.check.op_table import OpTable
+from ostinato.check.pretend.storage import StorageRef
 from ostinato.check.rules import RULES
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class StorageEntry:
     """What is known of one storage. ``device`` None is the host; ``born_call`` is the call of the region that made it,
     -1 outside of every region."""
 
-    ref: StorageWeakRef
+    ref: StorageRef
     serial: int
     device: torch.device | None
     pinned: bool = False
@@ -124,14 +124,14 @@ class World:
         key = storage_key(tensor)
         if key is None:
             device = self._no_storage.get(id(unwrapped(tensor)))
-            return StorageEntry(StorageWeakRef(torch.UntypedStorage(0)), -1, device)
+            return StorageEntry(StorageRef(torch.empty(0)), -1, device)
         found = self._storages.get(key)
-        if found is None or found.ref.expired():
-            found = StorageEntry(StorageWeakRef(unwrapped(tensor).untyped_storage()), self._next_serial, None)
+        if found is None or found.ref.is_dead:
+            found = StorageEntry(StorageRef(unwrapped(tensor)), self._next_serial, None)
             self._storages[key] = found
             self._next_serial += 1
             if self._next_serial % _SWEEP_EVERY == 0:
-                self._storages = {k: e for k, e in self._storages.items() if not e.ref.expired()}
+                self._storages = {k: e for k, e in self._storages.items() if not e.ref.is_dead}
         return found
 
     def knows(self, tensor: torch.Tensor) -> bool:
@@ -140,7 +140,7 @@ class World:
         if key is None:
             return id(unwrapped(tensor)) in self._no_storage
         found = self._storages.get(key)
-        return found is not None and not found.ref.expired()
+        return found is not None and not found.ref.is_dead
 
     def device_of(self, tensor: torch.Tensor) -> torch.device | None:
         """The pretended device of a tensor; None for the host."""
@@ -148,7 +148,7 @@ class World:
         if key is None:
             return self._no_storage.get(id(unwrapped(tensor)))
         found = self._storages.get(key)
-        return None if found is None or found.ref.expired() else found.device
+        return None if found is None or found.ref.is_dead else found.device
 
     def on_device(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor pretends to be on a GPU."""
@@ -269,7 +269,9 @@ class World:
 
     def counted(self) -> list[tuple[Finding, dict[int, int]]]:
         """Every finding with its count (the most in one call), and how often it happened in each call."""
-        return [(replace(f, count=max(self.counts[k].values())), dict(self.counts[k])) for k, f in self.findings.items()]
+        return [
+            (replace(f, count=max(self.counts[k].values())), dict(self.counts[k])) for k, f in self.findings.items()
+        ]
 
     def normalise(self, device: Any) -> torch.device | None:
         """A device argument as a ``torch.device`` with an index where it is a GPU. None stays None."""

@@ -39,7 +39,9 @@ def _finding(finding: Finding) -> str:
     stack = "".join(f"<br>from {escape(f.file)}:{f.line} in {escape(f.function)}" for f in finding.stack[1:])
     count = f" ×{finding.count} per call" if finding.count > 1 else ""
     variant = f" [{escape(finding.variant)}]" if finding.variant else ""
-    hidden = f'<div class="dim">suppressed: {escape(finding.suppressed)}</div>' if finding.suppressed is not None else ""
+    hidden = (
+        f'<div class="dim">suppressed: {escape(finding.suppressed)}</div>' if finding.suppressed is not None else ""
+    )
     return (
         f'<div class="f {finding.severity.label}{" suppressed" if hidden else ""}"><b>{finding.rule.code} {escape(finding.rule.title)}</b> '
         f'<span class="dim">{finding.severity.label}, {finding.certainty.value}{count}{variant}</span><br>{escape(finding.message)}'
@@ -63,7 +65,9 @@ def to_html(report: Report) -> str:
     facts += [f"opaque: {name} ×{count}" for name, count in report.opaque_ops.items()]
     facts += [f"branch not reached: {f.file}:{f.line}" for f in report.not_reached]
     facts += [f"note: {note}" for note in report.notes]
-    body.append('<h2>what was run, and what is not known</h2><p class="dim">' + "<br>".join(map(escape, facts)) + "</p>")
+    body.append(
+        '<h2>what was run, and what is not known</h2><p class="dim">' + "<br>".join(map(escape, facts)) + "</p>"
+    )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(report.target)}</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"

@@ -83,7 +83,10 @@ def to_sarif(report: Report, root: Path | None = None) -> str:
         "originalUriBaseIds": {"%SRCROOT%": {"uri": root.as_uri() + "/"}},
         "columnKind": "unicodeCodePoints",
         "invocations": [
-            {"executionSuccessful": not (report.partial or report.internal), "toolExecutionNotifications": notifications}
+            {
+                "executionSuccessful": not (report.partial or report.internal),
+                "toolExecutionNotifications": notifications,
+            }
         ],
         "results": [_result(f, root, indices) for f in report.findings],
         "properties": {"summary": report.summary(), "target": report.target},

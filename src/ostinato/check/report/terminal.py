@@ -33,13 +33,19 @@ def _print_finding(console: Console, finding: Finding) -> None:
     variant = f" [{finding.variant}]" if finding.variant else ""
     style = _STYLES[finding.severity]
     head = f"{finding.rule.code} {finding.severity.label} ({finding.certainty.value}){count}{variant}"
-    console.print(f"  [bold]{finding.where.line:>5}[/bold]  [{style}]{escape(head)}[/{style}]  {escape(finding.message)}", soft_wrap=True)
+    console.print(
+        f"  [bold]{finding.where.line:>5}[/bold]  [{style}]{escape(head)}[/{style}]  {escape(finding.message)}",
+        soft_wrap=True,
+    )
     if finding.where.source:
         console.print(f"         [dim]│[/dim] {escape(finding.where.source)}", soft_wrap=True)
     op = f" ({finding.op})" if finding.op not in ("source", "comment") else ""
     console.print(f"         [green]→ {escape(finding.remedy)}[/green][dim]{escape(op)}[/dim]", soft_wrap=True)
     for frame in finding.stack[1 : 1 + _MAX_STACK]:
-        console.print(f"         [dim]from {escape(_short(frame.file))}:{frame.line} in {escape(frame.function)}[/dim]", soft_wrap=True)
+        console.print(
+            f"         [dim]from {escape(_short(frame.file))}:{frame.line} in {escape(frame.function)}[/dim]",
+            soft_wrap=True,
+        )
     if finding.suppressed is not None:
         console.print(f"         [dim]suppressed: {escape(finding.suppressed)}[/dim]", soft_wrap=True)
 
@@ -54,14 +60,19 @@ def print_report(report: Report, console: Console, *, show: Severity = Severity.
             soft_wrap=True,
         )
     shown = [f for f in report.findings if verbose or (f.severity >= show and f.suppressed is None)]
-    for file, group in itertools.groupby(sorted(shown, key=lambda f: (f.where.file, f.where.line)), key=lambda f: f.where.file):
+    for file, group in itertools.groupby(
+        sorted(shown, key=lambda f: (f.where.file, f.where.line)), key=lambda f: f.where.file
+    ):
         console.print(f"[bold underline]{escape(_short(file))}[/bold underline]", soft_wrap=True)
         for finding in group:
             _print_finding(console, finding)
         console.print()
     if report.printed:
         num_lines = report.printed.count("\n") or 1
-        console.print(f"[dim]the checked code printed {num_lines} lines; the last: {escape(report.printed.strip().splitlines()[-1][:120])}[/dim]", soft_wrap=True)
+        console.print(
+            f"[dim]the checked code printed {num_lines} lines; the last: {escape(report.printed.strip().splitlines()[-1][:120])}[/dim]",
+            soft_wrap=True,
+        )
     for item in report.passes:
         seconds = f", {item.seconds:.1f} s" if item.seconds else ""
         console.print(f"[dim]ran {escape(item.name)}: {escape(item.detail)}{seconds}[/dim]", soft_wrap=True)
@@ -71,7 +82,11 @@ def print_report(report: Report, console: Console, *, show: Severity = Severity.
         console.print(f"[dim]opaque: {escape(name)} ×{count}[/dim]", soft_wrap=True)
     if report.not_reached:
         places = ", ".join(f"{os.path.basename(f.file)}:{f.line}" for f in report.not_reached[: 1000 if verbose else 6])
-        more = f" and {len(report.not_reached) - 6} more (--verbose)" if len(report.not_reached) > 6 and not verbose else ""
+        more = (
+            f" and {len(report.not_reached) - 6} more (--verbose)"
+            if len(report.not_reached) > 6 and not verbose
+            else ""
+        )
         console.print(f"[dim]branches not reached: {escape(places)}{more}[/dim]", soft_wrap=True)
     for note in report.notes:
         console.print(f"[dim]note: {escape(note)}[/dim]", soft_wrap=True)
@@ -86,5 +101,7 @@ def print_report(report: Report, console: Console, *, show: Severity = Severity.
 def to_text(report: Report, *, verbose: bool = False, stream: IO[str] | None = None) -> str:
     """The report as plain text, without colour."""
     buffer = stream or StringIO()
-    print_report(report, Console(file=buffer, no_color=True, highlight=False, width=120, force_terminal=False), verbose=verbose)
+    print_report(
+        report, Console(file=buffer, no_color=True, highlight=False, width=120, force_terminal=False), verbose=verbose
+    )
     return buffer.getvalue() if isinstance(buffer, StringIO) else ""

@@ -11,7 +11,22 @@ import re
 from ostinato.check.finding import Certainty, Finding, Frame, Severity
 from ostinato.check.rules import RULES
 
-_ALLOCATIONS = frozenset("empty zeros ones full empty_like zeros_like ones_like randn rand new_empty new_zeros empty_strided".split())
+_ALLOCATIONS = frozenset(
+    [
+        "empty",
+        "zeros",
+        "ones",
+        "full",
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "randn",
+        "rand",
+        "new_empty",
+        "new_zeros",
+        "empty_strided",
+    ]
+)
 
 
 _CLEARED = re.compile(r"self\.(\w+) = None\b")
@@ -79,5 +94,9 @@ def scan_class(node: ast.ClassDef, file: str) -> list[Finding]:
         if is_after and method_name not in (gone[0], made[0]):
             where = Frame(file, line, method_name)
             text = f"self.{name} is allocated at line {made[1]} and set to None at line {gone[1]}: this branch silently takes the other path"
-            found.append(Finding(RULES["FALLBACK"], Severity.HAZARD, Certainty.SUSPECT, text, "source", where, "static", (where,)))
+            found.append(
+                Finding(
+                    RULES["FALLBACK"], Severity.HAZARD, Certainty.SUSPECT, text, "source", where, "static", (where,)
+                )
+            )
     return found

@@ -57,7 +57,11 @@ def _used_as_tensors(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[st
                 found.update(a.id for a in node.args[:1] if isinstance(a, ast.Name))
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
             found.update(side.id for side in (node.left, node.right) if isinstance(side, ast.Name))
-        elif isinstance(node, ast.Attribute) and node.attr in ("shape", "dtype", "device") and isinstance(node.value, ast.Name):
+        elif (
+            isinstance(node, ast.Attribute)
+            and node.attr in ("shape", "dtype", "device")
+            and isinstance(node.value, ast.Name)
+        ):
             found.add(node.value.id)
     return found - {"self", "cls", "config"}
 
@@ -282,9 +286,16 @@ class _Function:
         owner, last = self.value(func.value), func.attr
         if last in known.HOST_METHODS and owner is not Value.UNKNOWN:
             return Value.HOST
-        if last in known.SYNC_METHODS and (owner.is_tensor or (owner is Value.UNKNOWN and last in known.TELLING_METHODS)):
+        if last in known.SYNC_METHODS and (
+            owner.is_tensor or (owner is Value.UNKNOWN and last in known.TELLING_METHODS)
+        ):
             certainty = Certainty.LIKELY if owner.is_tensor else Certainty.SUSPECT
-            self.report(node, known.SYNC_METHODS[last], f".{last}() makes the host wait" if last != "data_ptr" else ".data_ptr()", certainty)
+            self.report(
+                node,
+                known.SYNC_METHODS[last],
+                f".{last}() makes the host wait" if last != "data_ptr" else ".data_ptr()",
+                certainty,
+            )
             return Value.HOST if last in known.HOST_ANSWERS else Value.TENSOR
         if last == "to":
             return self._moved(node, func, owner, keywords)
@@ -350,7 +361,12 @@ class _Function:
         kind = Value.HOST if isinstance(index, ast.Slice | ast.Tuple) else self.value(index)
         is_number = isinstance(source, ast.Constant) and isinstance(source.value, int | float)
         if (is_number or value is Value.HOST) and (is_element or kind is Value.TENSOR):
-            self.report(target, "H2D_PAGEABLE", "a Python number written to one element is copied to the device", Certainty.SUSPECT)
+            self.report(
+                target,
+                "H2D_PAGEABLE",
+                "a Python number written to one element is copied to the device",
+                Certainty.SUSPECT,
+            )
         elif kind is Value.MASK and value.is_tensor:
             self.report(target, "DYNAMIC_SHAPE", "writing a tensor with a boolean mask calls nonzero")
 
