@@ -155,12 +155,16 @@ def _decode_once(
     while not all(s.tokens for s in sequences):
         scheduler.step()
     _wait(loaded.device)
+    # From here until the first sequence ends every step serves the whole batch.
     done = sum(len(s.tokens) for s in sequences)
     started = time.perf_counter()
+    while all(s.finish_reason is None for s in sequences):
+        scheduler.step()
+    seconds = time.perf_counter() - started
+    rate = (sum(len(s.tokens) for s in sequences) - done) / seconds
     while scheduler.has_work:
         scheduler.step()
-    _wait(loaded.device)
-    return (batch * new_tokens - done) / (time.perf_counter() - started)
+    return rate
 
 
 def _random_prompt(loaded: Loaded, tokens: int, seed: int) -> tuple[int, ...]:
