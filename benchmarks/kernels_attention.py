@@ -93,10 +93,10 @@ def decode_cases(tune: bool) -> Iterator[Case]:
     for batch, context in ((1, 0), (1, 63), (1, 512), (1, 2048), (1, 4096), (4, 512), (16, 512), (16, 4096)):
         tilings: list[Tiling | None] = [None]
         if tune:
-            tilings += [Tiling(block, splits // batch or 1, warps, stages) for block, splits, warps, stages in (
-                (16, 128 * batch, 1, 1), (32, 128 * batch, 1, 1), (32, 128, 1, 2), (64, 64 * batch, 1, 1), (64, 64, 1, 2),
-                (64, 64 * batch, 2, 1), (64, 64 * batch, 4, 1), (128, 32 * batch, 4, 1), (64, 32 * batch, 4, 2),
-            )]  # fmt: skip
+            tilings += [
+                Tiling(*cut)
+                for cut in ((64, 68, 4, 1), (128, 34, 4, 1), (128, 34, 4, 2), (128, 17, 4, 2), (64, 34, 4, 2))
+            ]
         for tiling in tilings:
             for prefetch in (True, False) if tiling is None else (True,):
                 name = f"decode 9/3x64 batch {batch} @{context}{'' if prefetch else ' no prefetch'} {tiling or ''}"
@@ -107,10 +107,10 @@ def decode_cases(tune: bool) -> Iterator[Case]:
         for context in (0, 512, 4096, 32768):
             tilings = [None]
             if tune:
-                tilings += [Tiling(block, splits * 8 // kv_heads, warps, stages) for block, splits, warps, stages in (
-                    (64, 33, 4, 3), (64, 32, 4, 2), (128, 33, 4, 2), (64, 66, 4, 2), (64, 66, 2, 2), (32, 66, 2, 3),
-                    (32, 66, 1, 3), (128, 33, 8, 2), (32, 128, 1, 2),
-                ) if splits * 8 // kv_heads <= 256 and block * dim <= 16384]  # fmt: skip
+                cuts = [(64, 128, 4, 2), (64, 66, 8, 3), (32, 128, 4, 4), (64, 64, 4, 1)]
+                if dim == 128:
+                    cuts += [(128, 16, 4, 3), (128, 16, 8, 2), (128, 33, 8, 3), (128, 66, 4, 2)]
+                tilings += [Tiling(*cut) for cut in cuts]
             for tiling in tilings:
                 call = cache.decode(context, True, tiling)
                 label = f"decode {name} {heads}/{kv_heads}x{dim} batch 1 @{context} {tiling or ''}"
@@ -128,8 +128,13 @@ def prefill_cases(tune: bool) -> Iterator[Case]:
         options: list[tuple[int, int, int, int] | None] = [None]
         if tune and first == 0:
             options += [
-                (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3),
-            ]  # fmt: skip
+                (128, 64, 8, 2),
+                (128, 64, 8, 3),
+                (64, 64, 4, 4),
+                (64, 64, 4, 3),
+                (64, 128, 4, 2),
+                (128, 128, 8, 2),
+            ]
         flops = 4 * heads * dim * tokens * (first + tokens // 2)
         for blocks in options:
             if blocks and dim == 256 and blocks[1] == 128:

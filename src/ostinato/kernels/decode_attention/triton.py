@@ -248,17 +248,16 @@ class Tiling:
 def choose_tiling(batch: int, num_kv_heads: int, dim: int, max_length: int, multiprocessors: int) -> Tiling:
     """Tiling for a cache of up to ``max_length`` positions per slot; see docs/performance/kernels_attention.md.
 
-    Short caches get one tile per program of one warp, where latency is all; long ones a few programs per
-    multiprocessor, whose loops keep loads in flight.
+    Short caches get one tile per program, since there latency is all; long ones two programs per multiprocessor, whose
+    loops keep loads in flight.
     """
     programs = batch * num_kv_heads
     padded = triton.next_power_of_2(dim)
-    if padded <= 128 and programs * max_length <= 32 * 16 * multiprocessors:
-        block = 32 if padded <= 64 and max_length <= 2048 else 64
-        return Tiling(block, max(1, min(triton.cdiv(max_length, block), 128)), 1, 1)
-    block = 64
+    if padded <= 64 and programs * max_length <= 128 * multiprocessors:
+        return Tiling(64, max(1, min(triton.cdiv(max_length, 64), 128)), 4, 1)
+    block = 128 if padded <= 128 else 64
     wanted = triton.cdiv(2 * multiprocessors, programs)
-    return Tiling(block, max(1, min(triton.cdiv(max_length, block), wanted, 128)), 4, 3 if padded <= 128 else 2)
+    return Tiling(block, max(1, min(triton.cdiv(max_length, block), wanted, 128)), 4, 2)
 
 
 def _launch(

@@ -40,34 +40,43 @@ def _walk(
     """Attend queries at positions ``rows`` to positions begin … end - 1, multiples of BLOCK_N."""
     d = tl.arange(0, DP)
     j = tl.arange(0, BLOCK_N)
+    inner = j[:, None] * D + d[None, :]
     for first in range(begin, end, BLOCK_N):
         n = first + j
         if PAGE % BLOCK_N == 0:
             page = tl.load(row_pages + first // PAGE).to(tl.int64)
-            at = ((page * HKV + head) * PAGE + first % PAGE + j)[:, None] * D + d[None, :]
+            base = ((page * HKV + head) * PAGE + first % PAGE) * D
+            k_at = k_cache + base + inner
+            v_at = v_cache + base + inner
         else:
             page = tl.load(row_pages + n // PAGE, mask=n < stop, other=0).to(tl.int64)
             at = ((page * HKV + head) * PAGE + n % PAGE)[:, None] * D + d[None, :]
+            k_at = k_cache + at
+            v_at = v_cache + at
         if MASKED:
             present = (n < stop)[:, None] & (d < D)[None, :]
-            k = tl.load(k_cache + at, mask=present, other=0.0)
-            v = tl.load(v_cache + at, mask=present, other=0.0)
+            k = tl.load(k_at, mask=present, other=0.0)
+            v = tl.load(v_at, mask=present, other=0.0)
         elif D == DP:
-            k = tl.load(k_cache + at)
-            v = tl.load(v_cache + at)
+            k = tl.load(k_at)
+            v = tl.load(v_at)
         else:
-            k = tl.load(k_cache + at, mask=(d < D)[None, :], other=0.0)
-            v = tl.load(v_cache + at, mask=(d < D)[None, :], other=0.0)
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+            k = tl.load(k_at, mask=(d < D)[None, :], other=0.0)
+            v = tl.load(v_at, mask=(d < D)[None, :], other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
         if SOFTCAP:
-            scores = softcap * (1.0 - 2.0 / (tl.exp(scores * (2.0 / softcap)) + 1.0)) * 1.4426950408889634
+            scores *= scale
+            scores = softcap * (1.0 - 2.0 / (tl.exp(scores * (2.0 / softcap)) + 1.0))
+            factor = 1.4426950408889634
+        else:
+            factor = scale
         if MASKED:
             keep = n[None, :] <= rows[:, None]
             if WINDOW > 0:
                 keep = keep & (n[None, :] > rows[:, None] - WINDOW)
             scores = tl.where(keep, scores, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, 1))
-        p = tl.exp2(scores - new[:, None])
+        new = tl.maximum(largest, tl.max(scores, 1) * factor)
+        p = tl.exp2(scores * factor - new[:, None])
         old = tl.exp2(largest - new)
         total = total * old + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
@@ -150,11 +159,9 @@ def choose_blocks(num_tokens: int, dim: int, element_size: int) -> tuple[int, in
     padded = triton.next_power_of_2(dim)
     if element_size == 4:
         return 16 if padded > 128 else 32, 32, 4, 1
-    if num_tokens <= 64:
-        return 64, 64 if padded <= 128 else 32, 4, 2
-    if padded <= 128:
-        return 128, 64, 8, 3
-    return 128, 32, 8, 2
+    if padded > 128:
+        return (128, 64, 8, 2) if num_tokens > 64 else (64, 32, 4, 2)
+    return (64, 128, 4, 2) if padded <= 64 else (64, 64, 4, 3)
 
 
 def prefill_attention(
