@@ -1,0 +1,140 @@
+"""Small random checkpoints in memory, of all four families and any type of weight; needs PyTorch alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ostinato.kv.paged import PagedKV
+from ostinato.layers.batch import Batch
+from ostinato.layers.linear import Target
+from ostinato.load.random import random_block_weight
+from ostinato.load.source import TensorInfo, WeightReader
+from ostinato.models.interface import Checkpoint, Model
+from ostinato.models.llama import LlamaConfig
+from ostinato.quant.blocks import KINDS, BlockWeight
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+VOCAB, CONTEXT = 512, 256
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A family with the settings that make it different from the others. kind: of its matrices; F32: dense."""
+
+    name: str
+    model_type: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "F32"
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.kind}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        common = {
+            "vocab_size": VOCAB,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": CONTEXT,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+        }
+        return {**common, "model_type": self.model_type, **self.changes}
+
+
+_BIASES = {"attention_bias": True, "mlp_bias": True}
+_WINDOW = {"use_sliding_window": True, "sliding_window": 37, "max_window_layers": 1}
+FAMILIES = (
+    Spec("llama", "llama"),
+    Spec("llama-odd-heads", "llama", {"head_dim": 80, "num_key_value_heads": 1, **_BIASES}),
+    Spec("mistral-window", "mistral", {"sliding_window": 37}),
+    Spec("qwen2-tied-window", "qwen2", {"tie_word_embeddings": True, **_WINDOW}),
+    Spec("qwen3", "qwen3", {"head_dim": 128}),
+)
+
+
+class MemorySource:
+    """Tensors by Hugging Face names. The same spec has the same weights every time, whatever it is placed on."""
+
+    label = "a model in memory"
+
+    def __init__(self, spec: Spec) -> None:
+        self.values: dict[str, BlockWeight | torch.Tensor] = {}
+        self._tensors: dict[str, TensorInfo] = {}
+        shapes = LlamaConfig.from_hf(spec.config).weight_shapes()
+        for number, (name, shape) in enumerate(shapes.items()):
+            generator = torch.Generator().manual_seed(number)
+            noise = torch.randn(shape, generator=generator)
+            kind = "F32" if len(shape) < 2 else spec.kind
+            if len(shape) < 2:
+                self.values[name] = 0.3 * noise + ("norm" in name)
+            elif spec.kind == "F32":
+                self.values[name] = noise * 1.2 * shape[1] ** -0.5
+            else:
+                block = random_block_weight(KINDS[spec.kind], (shape[0], shape[1]), "cpu", generator)
+                self.values[name] = dataclasses.replace(
+                    block, d=block.d * 3, m=None if block.m is None else block.m * 3
+                )
+            self._tensors[name] = TensorInfo(name, shape, kind, 0)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> BlockWeight | torch.Tensor:
+        return self.values[name].to(device)
+
+
+def build(spec: Spec, device: torch.device, activation: torch.dtype, source: MemorySource | None = None) -> Model:
+    """The model on ``device``, its weights read as from a file."""
+    reader = WeightReader(MemorySource(spec) if source is None else source, device)
+    checkpoint = Checkpoint("hf", spec.config, reader)
+    with torch.inference_mode():
+        model = LlamaConfig.from_hf(spec.config).build(checkpoint, Target(device, activation), CONTEXT)
+    reader.finish()
+    return model
+
+
+class Runs:
+    """A model with a KV of its own, run without an engine. Rows of a batch may stand in any order."""
+
+    def __init__(self, model: Model, device: torch.device, kv_dtype: torch.dtype, num_slots: int = 1) -> None:
+        self.model, self.device = model, device
+        page = 64 if device.type == "cuda" else CONTEXT
+        self.kv = PagedKV(
+            model.kv_specs, num_slots=num_slots, context=CONTEXT, page_size=page, dtype=kv_dtype, device=device
+        )
+        for layer in self.kv.layers:  # what nobody wrote must not be read
+            layer.k[1:] = float("nan")
+            layer.v[1:] = float("nan")
+        for slot in reversed(range(num_slots)):
+            self.kv.reserve(slot, CONTEXT)
+
+    def _int32(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    @torch.inference_mode()
+    def prefill(self, ids: list[int], start: int = 0, slot: int = 0) -> torch.Tensor:
+        """Logits after each of ``ids``, float32 [n, vocab] on the CPU."""
+        positions = list(range(start, start + len(ids)))
+        batch = Batch(self._int32(ids), self._int32(positions), self._int32([slot] * len(ids)), decode=False)
+        return self.model.forward(batch, self.kv.layers).cpu()
+
+    @torch.inference_mode()
+    def decode(self, tokens: list[int], positions: list[int], slots: list[int]) -> torch.Tensor:
+        """Logits of one step, float32 [rows, vocab] on the CPU."""
+        batch = Batch(self._int32(tokens), self._int32(positions), self._int32(slots), decode=True)
+        return self.model.forward(batch, self.kv.layers).cpu()
+
+
+def random_ids(count: int, seed: int = 0) -> list[int]:
+    ids: list[int] = torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ids
