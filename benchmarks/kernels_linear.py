@@ -166,6 +166,15 @@ def candidates(p: Product) -> Iterator[Tiles]:
             ):
                 yield Tiles("streamed", rows, wide, tokens, warps)
     if p.m > 1:
+        for rows, tokens, warps in itertools.product((16, 32, 64), (8, 16, 32, 64), (1, 2, 4, 8)):
+            if (
+                tokens <= max(8, top)
+                and tokens >= min(top, 32)
+                and rows * tokens <= 2048
+                and (rows == 16 or p.n / rows >= 24)
+                and p.n / rows <= 8000
+            ):
+                yield Tiles("mma", rows, 0, tokens, warps)
         shapes = ((16, 1), (16, 2), (32, 2), (32, 4), (64, 4), (128, 4), (128, 8))
         for (rows, warps), wide, splits, stages in itertools.product(shapes, (4, 8), (1, 2, 4, 8), (2, 3)):
             tokens = max(16, min(64, top))
@@ -203,6 +212,7 @@ def large(ms: tuple[int, ...], kinds: tuple[str, ...]) -> list[Product]:
 
 
 SETS: dict[str, list[Product]] = {
+    "batch": large((4, 16, 64), ("Q4_K",)),
     "middle": [Product("Q4_K", n, k, m) for n, k in ((12288, 2048), (2048, 4096)) for m in (4, 16)],
     "smollm": smollm((1,)),
     "smollm-few": smollm((2, 4, 8)),
@@ -353,7 +363,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=["smollm"], choices=list(SETS), dest="sets")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
-    parser.add_argument("--only", choices=["resident", "streamed", "tile"], help="measure this path only")
+    parser.add_argument("--only", choices=["resident", "streamed", "mma", "tile"], help="measure this path only")
     parser.add_argument("--seconds", type=float, default=120.0)
     arguments = parser.parse_args()
     products = [p for name in arguments.sets for p in SETS[name]]

@@ -17,6 +17,8 @@ MATVEC = {
     "resident, several tiles": Tiles("resident", rows=2, groups=16, tokens=4, warps=1, repeats=3),
     "streamed": Tiles("streamed", rows=4, groups=8, tokens=2, warps=1),
     "streamed, masked": Tiles("streamed", rows=8, groups=4, tokens=4, warps=1),
+    "mma": Tiles("mma", rows=16, groups=0, tokens=8, warps=2),
+    "mma, several tiles": Tiles("mma", rows=32, groups=0, tokens=16, warps=4),
 }
 TILE = Tiles("tile", rows=16, groups=2, tokens=16, warps=1)
 

@@ -7,6 +7,7 @@ import functools
 import torch
 import triton
 
+from ostinato.kernels.block_linear.batch.triton import _mma_kernel
 from ostinato.kernels.block_linear.matmul.triton import _dequantize_kernel, _finish_kernel, _tile_kernel
 from ostinato.kernels.block_linear.matvec.triton import _resident_kernel, _streamed_kernel
 from ostinato.kernels.launch import gpu_name, launch_options, num_multiprocessors
@@ -44,7 +45,7 @@ def block_linear(
         tiles = choose(kind, n, k, tokens, gated is not None, x.device)
     constants = kind_constants(KINDS[kind])
     options = launch_options(x.device)
-    if tiles.path in ("resident", "streamed"):
+    if tiles.path in ("resident", "streamed", "mma"):
         planes = pairs(words, d, high, m, sub_d, sub_m, KINDS[kind])
         after = (bias if bias is not None else d, residual if residual is not None else out, out, tokens, n, k)
         flags = (bias is not None, residual is not None, gated)
@@ -57,13 +58,20 @@ def block_linear(
                 tiles.rows, tiles.groups, tiles.repeats, tiles.tokens, norm is not None, *flags,
                 num_warps=tiles.warps, **options,
             )  # fmt: skip
+            return out
+        quantized, scales = rms_norm_quantize(x, norm, eps)
+        quantized, scales = quantized.view(torch.int32), scales.view(torch.int32)
+        grid = (triton.cdiv(n, tiles.rows), triton.cdiv(tokens, tiles.tokens))
+        if tiles.path == "mma":
+            _mma_kernel[grid](
+                quantized, scales, *planes, *after, *constants,
+                tiles.rows // 16, tiles.tokens // 8, tiles.warps, *flags, num_warps=tiles.warps, **options,
+            )  # fmt: skip
         else:
             width = max(1, tiles.warps * 32 // tiles.groups)  # rows of W side by side over the threads
             assert tiles.rows % width == 0, f"{tiles} leaves threads without a row"
-            quantized, scales = rms_norm_quantize(x, norm, eps)
-            grid = (triton.cdiv(n, tiles.rows), triton.cdiv(tokens, tiles.tokens))
             _streamed_kernel[grid](
-                quantized.view(torch.int32), scales.view(torch.int32), *planes, *after, *constants,
+                quantized, scales, *planes, *after, *constants,
                 tiles.rows // width, width, tiles.groups, tiles.tokens, *flags, num_warps=tiles.warps, **options,
             )  # fmt: skip
         return out
@@ -103,7 +111,10 @@ def _gemm(
     wide: bool,
     tiles: Tiles,
 ) -> torch.Tensor:
-    """x Wᵀ (plus residual) through a dense copy of a stretch of W's rows at a time; float32 if wide or with residual."""
+    """x Wᵀ (plus residual) through a dense copy of a stretch of W's rows at a time.
+
+    The result is float32 if ``wide`` or with a residual, else bfloat16.
+    """
     tokens, k = x.shape
     step = min(rows, max(256, DENSE_BYTES // (2 * k) // 256 * 256))  # an odd stretch would leave the fast products
     dtype = torch.float32 if wide or residual is not None else torch.bfloat16
@@ -188,21 +199,22 @@ def choose(kind: str, n: int, k: int, m: int, gated: bool, device: torch.device)
 def default_tiles(n: int, k: int, m: int, multiprocessors: int) -> Tiles:
     """Tiles by rule, for n rows of W in all (gate and up counted).
 
-    Few rows of x: int8 and dp4a, in registers while a row's padded groups are few. Tens: the tensor cores on weights
-    dequantized in registers, except where W is so small that more programs of dp4a finish first. Hundreds: a dense
-    copy of W and the vendor's product.
+    One row of x: int8 and dp4a, with x in registers where it is short. Up to 64: int8 on the tensor cores. Up to 192:
+    bfloat16 on weights dequantized in registers. More: a dense copy of W and the vendor's product.
     """
-    groups = triton.next_power_of_2(k // 32)
     if m > 192:
         return Tiles("gemm", rows=8, groups=8, tokens=0, warps=4)
-    if m <= 8 or (m <= 64 and n * k <= 2**21):
-        tokens = min(triton.next_power_of_2(m), 8)
+    groups = triton.next_power_of_2(k // 32)
+    if m == 1:
         if groups <= 64 and n * k <= 2**25:
-            rows = 4 if n <= multiprocessors * 8 else 8 if n <= multiprocessors * 16 else 16
-            programs = triton.cdiv(n, rows) * triton.cdiv(m, tokens)
-            repeats = max(1, min(8, programs // (multiprocessors * 6)))
-            return Tiles("resident", rows, groups, tokens, warps=max(1, min(4, groups // 8)), repeats=repeats)
-        return Tiles("streamed", rows=8, groups=min(groups, 64), tokens=min(tokens, 4), warps=4 if m > 1 else 2)
+            rows = 4 if n <= multiprocessors * 6 else 8 if n <= multiprocessors * 16 else 16
+            repeats = max(1, min(4, n // (rows * multiprocessors * 6)))
+            return Tiles("resident", rows, groups, 1, warps=max(1, min(4, groups // 8)), repeats=repeats)
+        return Tiles("streamed", rows=8, groups=min(groups, 64), tokens=1, warps=2)
+    if m <= 64:
+        tokens = max(8, min(32, triton.next_power_of_2(m)))
+        rows = 16 if n <= multiprocessors * 32 else 32
+        return Tiles("mma", rows=rows, groups=0, tokens=tokens, warps=max(1, min(4, groups // 4)))
     tokens = max(16, min(64, triton.next_power_of_2(m)))
     programs = triton.cdiv(n, 64) * triton.cdiv(m, tokens)
     splits = max(1, min(8, multiprocessors * 2 // programs, k // 512))

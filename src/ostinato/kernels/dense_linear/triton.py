@@ -12,7 +12,8 @@ from ostinato.kernels.launch import launch_options, num_multiprocessors
 from ostinato.kernels.rms_norm.triton import rms_norm
 from ostinato.kernels.triton import gate_times_up, trigger, wait
 
-MAX_TOKENS = 8  # rows of x up to which the matrix is read by the kernel here
+MAX_TOKENS = 8  # rows of x up to which the kernel here reads a small matrix, to spare the kernels around a product
+SMALL = 2**22  # elements of such a matrix
 
 
 @triton.jit
@@ -94,15 +95,20 @@ def dense_linear(
     out = torch.empty((tokens, n), dtype=out_dtype, device=x.device)
     if tokens == 0:
         return out
-    if tokens <= MAX_TOKENS:
+    if tokens == 1 or (tokens <= MAX_TOKENS and n * k <= SMALL):
         count = triton.next_power_of_2(tokens)
-        block = max(32, min(triton.next_power_of_2(k), 1024 // count))
-        rows = 1 if n <= num_multiprocessors(x.device) * 8 else 4 if count == 1 else 2
+        if n <= num_multiprocessors(x.device) * 8:
+            rows, block, warps = 1, 2048, 4
+        elif n <= num_multiprocessors(x.device) * 32:
+            rows, block, warps = 2, 1024, 2
+        else:
+            rows, block, warps = 4, 512, 1
+        block = max(32, min(triton.next_power_of_2(k), block // count))
         _dense_matvec_kernel[(triton.cdiv(n, rows),)](
             x, x.stride(0), norm if norm is not None else x, eps, weight, bias if bias is not None else x,
             residual if residual is not None else out, out, tokens, n, k, rows, block, count,
             norm is not None, bias is not None, residual is not None, gated,
-            num_warps=max(1, min(4, rows * block // 256)), **launch_options(x.device),
+            num_warps=warps, **launch_options(x.device),
         )  # fmt: skip
         return out
     if norm is not None:
