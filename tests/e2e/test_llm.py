@@ -27,7 +27,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["float32", "auto"])
 def llm(request: pytest.FixtureRequest, path: Path) -> Iterator[LLM]:
-    with LLM.load(str(path), device="cpu", dtype=request.param, max_batch=3) as loaded:
+    with LLM.load(str(path), device="cpu", dtype=request.param, max_batch=3, threads=1) as loaded:
         yield loaded
 
 
