@@ -22,8 +22,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
-@pytest.mark.parametrize("m", [1, 2, 5, 8])
-@pytest.mark.parametrize(("n", "k"), [(576, 1536), (1000, 2048), (333, 20480)])
+@pytest.mark.parametrize("m", [1, 2, 5, 8, 16, 33, 64])
+@pytest.mark.parametrize(("n", "k"), [(1000, 2048), (333, 20480)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_on_the_grid_lose_nothing(kind, n, k, m):
     weight = random_weight(kind, n, k, CUDA)
@@ -33,8 +33,9 @@ def test_few_rows_on_the_grid_lose_nothing(kind, n, k, m):
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q8_0"])
-def test_smollm_rows_with_norm_gate_and_residual(kind):
-    x = torch.randn(3, 576, device=CUDA) * 3
+@pytest.mark.parametrize("m", [1, 3, 16, 40])
+def test_smollm_rows_with_norm_gate_and_residual(kind, m):
+    x = torch.randn(m, 576, device=CUDA) * 3
     norm = torch.rand(576, device=CUDA) + 0.5
     gate_up = random_weight(kind, 3072, 576, CUDA)
     gated = block_linear(x, gate_up, norm=norm, eps=1e-5, gated="silu")
@@ -45,7 +46,7 @@ def test_smollm_rows_with_norm_gate_and_residual(kind):
     assert relative(found, block_linear_int8_ref(gated, down, residual=x)) < 2e-3
 
 
-@pytest.mark.parametrize("m", [9, 16, 33, 64, 130, 200, 512])
+@pytest.mark.parametrize("m", [65, 130, 200, 512])
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_rows_multiply_in_bfloat16(kind, m):
     weight = random_weight(kind, 1500, 2048, CUDA)

@@ -2,9 +2,9 @@
 
 The layout of ``words`` is that of the operands of ``mma.m16n8k32``: of a group of 32 columns, thread (row r, j) of a
 warp holds quads j and j + 4, which are the low and the high nibbles of word j. So a word is loaded, masked and
-multiplied in the same thread. Tensors are [RT, TT, WARPS, 8, 4]: tiles of 16 rows of W, tiles of 8 rows of x, one group a
-warp, and the 32 threads of a warp. Which thread holds what follows from this shape: Triton spreads the last two axes over
-a warp, and the one before them over the warps.
+multiplied in the same thread. Tensors are [RT, TT, WARPS, 8, 4]: tiles of 16 rows of W, tiles of 8 rows of x, one group
+a warp, and the 32 threads of a warp. Which thread holds what follows from this shape: Triton spreads the last two axes
+over a warp, and the one before them over the warps.
 """
 
 from __future__ import annotations
