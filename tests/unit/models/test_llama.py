@@ -321,6 +321,19 @@ def test_the_fast_path_is_near_the_exact_one(tmp_path: Path, spec: Spec, types: 
     assert 0 < divergence(expected, one_by_one) < bound
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spec", [FAMILIES[0], FAMILIES[3], FAMILIES[7]], ids=str)
+def test_keys_and_values_in_half_precision(tmp_path: Path, spec: Spec, kv_dtype: torch.dtype) -> None:
+    """Two roundings a layer, of the many that ``rounding_noise`` has, with everything else in float32."""
+    theirs = reference(spec)
+    model = build(save_hf(theirs, tmp_path))
+    ids = random_ids(40)
+    expected = reference_logits(theirs, ids)
+    runs = Runs(model, kv_dtype=kv_dtype, page_size=8)
+    logits = torch.cat([runs.prefill(ids[:20]), *(runs.decode(ids[i : i + 1], [i], [0]) for i in range(20, 40))])
+    assert 0 < divergence(expected, logits) < rounding_noise(theirs, ids, expected, None)
+
+
 # -- configurations ------------------------------------------------------------------------------------------------
 
 
