@@ -8,17 +8,22 @@ import torch.nn.functional as F
 from ostinato.kernels.rope.ref import rope_append_ref
 
 
-def cache_span(cache: torch.Tensor, pages: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Positions start … stop - 1 of the slot that owns ``pages`` [P], as [Hkv, stop - start, D].
+def cached_span(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, pages: torch.Tensor, start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values at positions start … stop - 1 of the slot that owns ``pages`` [P], [Hkv, stop - start, D] each.
 
-    A view where one page holds them all, as when a slot has a single page; else a copy.
+    Views where one page holds them all, as when a slot has a single page; else copies.
     """
-    page_size = cache.shape[2]
+    page_size = k_cache.shape[2]
     first, last = start // page_size, (stop - 1) // page_size
+    begin, end = start - first * page_size, stop - first * page_size
     if first == last:
-        return cache[int(pages[first]), :, start - first * page_size : stop - first * page_size]
-    joined = cache[pages[first : last + 1].long()].transpose(0, 1).flatten(1, 2)
-    return joined[:, start - first * page_size : stop - first * page_size]
+        page = int(pages[first])
+        return k_cache[page, :, begin:end], v_cache[page, :, begin:end]
+    index = pages[first : last + 1].long()
+    k, v = (cache[index].transpose(0, 1).flatten(1, 2)[:, begin:end] for cache in (k_cache, v_cache))
+    return k, v
 
 
 def attend(
@@ -58,8 +63,7 @@ def decode_attention_ref(
     rows = []
     for b, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         start = max(0, position - window + 1) if window else 0
-        k = cache_span(k_cache, page_table[slot], start, position + 1)
-        v = cache_span(v_cache, page_table[slot], start, position + 1)
+        k, v = cached_span(k_cache, v_cache, page_table[slot], start, position + 1)
         rows.append(attend(grouped[b], k, v, scale, softcap, None).reshape(heads * dim))
     return rows[0][None] if batch == 1 else torch.stack(rows)
 

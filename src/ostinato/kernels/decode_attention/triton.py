@@ -248,15 +248,16 @@ class Tiling:
 def choose_tiling(batch: int, num_kv_heads: int, dim: int, max_length: int, multiprocessors: int) -> Tiling:
     """Tiling for a cache of up to ``max_length`` positions per slot; see docs/performance/kernels_attention.md.
 
-    Short caches get one tile per program, since there latency is all; long ones two programs per multiprocessor, whose
-    loops keep loads in flight.
+    Short caches get one tile per program, since there latency is all; long ones a few programs per multiprocessor,
+    whose loops keep loads in flight.
     """
     programs = batch * num_kv_heads
     padded = triton.next_power_of_2(dim)
-    if padded <= 64 and programs * max_length <= 128 * multiprocessors:
-        return Tiling(64, max(1, min(triton.cdiv(max_length, 64), 128)), 4, 1)
+    tiles = triton.cdiv(max_length, 64)
+    if tiles <= 128 and programs * tiles <= 8 * multiprocessors:
+        return Tiling(64, tiles, 4, 1)
     block = 128 if padded <= 128 else 64
-    wanted = triton.cdiv(2 * multiprocessors, programs)
+    wanted = triton.cdiv((6 if padded <= 64 else 2) * multiprocessors, programs)
     return Tiling(block, max(1, min(triton.cdiv(max_length, block), wanted, 128)), 4, 2)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ostinato.kernels.decode_attention.ref import attend, cache_span
+from ostinato.kernels.decode_attention.ref import attend, cached_span
 
 
 def prefill_attention_ref(
@@ -25,8 +25,7 @@ def prefill_attention_ref(
     first, slot = int(positions[0]), int(slots[0])
     start = max(0, first - window + 1) if window else 0
     stop = first + num_tokens
-    k = cache_span(k_cache, page_table[slot], start, stop)
-    v = cache_span(v_cache, page_table[slot], start, stop)
+    k, v = cached_span(k_cache, v_cache, page_table[slot], start, stop)
     if first == 0 and softcap == 0.0 and (window == 0 or window >= num_tokens) and k.dtype == q.dtype:
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=heads != kv_heads

@@ -40,19 +40,17 @@ def _walk(
     """Attend queries at positions ``rows`` to positions begin … end - 1, multiples of BLOCK_N."""
     d = tl.arange(0, DP)
     j = tl.arange(0, BLOCK_N)
-    inner = j[:, None] * D + d[None, :]
     for first in range(begin, end, BLOCK_N):
         n = first + j
         if PAGE % BLOCK_N == 0:
             page = tl.load(row_pages + first // PAGE).to(tl.int64)
-            base = ((page * HKV + head) * PAGE + first % PAGE) * D
-            k_at = k_cache + base + inner
-            v_at = v_cache + base + inner
+            # Not a scalar base plus fixed offsets: with that, the matrix products no longer overlap (Triton 3.6).
+            at = ((page * HKV + head) * PAGE + first % PAGE + j)[:, None] * D + d[None, :]
         else:
             page = tl.load(row_pages + n // PAGE, mask=n < stop, other=0).to(tl.int64)
             at = ((page * HKV + head) * PAGE + n % PAGE)[:, None] * D + d[None, :]
-            k_at = k_cache + at
-            v_at = v_cache + at
+        k_at = k_cache + at
+        v_at = v_cache + at
         if MASKED:
             present = (n < stop)[:, None] & (d < D)[None, :]
             k = tl.load(k_at, mask=present, other=0.0)

@@ -545,7 +545,7 @@ def sample_step(
     s = SampleBuffers(*tensors)
     batch, vocab = logits.shape
     if chunk is None:
-        chunk = 512 if vocab <= 65536 else 1024
+        chunk = 512 if vocab <= 65536 and batch < 8 else 1024
     chunks = triton.cdiv(vocab, chunk)
     padded = triton.next_power_of_2(chunks)
 
