@@ -151,13 +151,12 @@ def states(vocab: int, devices: tuple[object, ...], rows: list[SamplingParams] =
     return made
 
 
-@pytest.mark.parametrize("sizes", [(64, 512, 512), (128, 32, 64), (32, 16, 16)], ids=str)
-@pytest.mark.parametrize("vocab", [300, 257])
+@pytest.mark.parametrize(("vocab", "sizes"), [(300, (64, 512, 512)), (257, (128, 32, 64)), (250, (64, 16, 16))])
 def test_kernel_equals_reference(vocab: int, sizes: tuple[int, int, int], device: torch.device) -> None:
     """With scratch for all candidates, for some, and for few, where rows are searched in full."""
     chunk, small, capacity = sizes
     cpu, other = states(vocab, ("cpu", device))
-    for step in range(3):
+    for step in range(2):
         logits = torch.randn(len(ROWS) + 1, vocab) * 2
         logits[0, 40] = logits[0, 50] = logits[0].max()  # greedy: the first of equals
         sample_step_ref(logits, None, *cpu.buffers.tensors())
