@@ -1,4 +1,4 @@
-"""A checkpoint of random weights in a well-known model's full-size shape: nothing to download, made where it is used."""
+"""A checkpoint of random weights in a well-known model's full-size shape: no download, made where it is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HEADS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class RandomCheckpoint:
-    """Tensors by Hugging Face names; matrices block-quantized, vectors ones. The same ``seed`` makes the same weights."""
+    """Tensors by Hugging Face names: matrices block-quantized, vectors ones. One ``seed`` always makes the same."""
 
     def __init__(self, name: str, seed: int = 0) -> None:
         if name not in PRESETS:
