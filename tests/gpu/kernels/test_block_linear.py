@@ -22,7 +22,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
-@pytest.mark.parametrize("m", [1, 2, 5, 8, 16, 33, 64])
+@pytest.mark.parametrize("m", [1, 2, 5, 8, 16])
 @pytest.mark.parametrize(("n", "k"), [(1000, 2048), (333, 20480)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_on_the_grid_lose_nothing(kind, n, k, m):
@@ -32,21 +32,33 @@ def test_few_rows_on_the_grid_lose_nothing(kind, n, k, m):
     assert relative(block_linear(x, weight), block_linear_ref(x, weight)) < 2e-6
 
 
+@pytest.mark.parametrize("m", [1, 3, 12, 40, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_narrow_matrices_lose_nothing(kind, m):
+    k = 512 if KINDS[kind].has_sub else 576
+    weight = random_weight(kind, 20001, k, CUDA)
+    x = grid_rows(m, k, CUDA)
+    assert relative(block_linear(x, weight), block_linear_ref(x, weight)) < 2e-6
+
+
 @pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q8_0"])
 @pytest.mark.parametrize("m", [1, 3, 16, 40])
 def test_smollm_rows_with_norm_gate_and_residual(kind, m):
     x = torch.randn(m, 576, device=CUDA) * 3
     norm = torch.rand(576, device=CUDA) + 0.5
     gate_up = random_weight(kind, 3072, 576, CUDA)
-    gated = block_linear(x, gate_up, norm=norm, eps=1e-5, gated="silu")
-    # one step of int8 in one of 576 activations is 1/40 of its size: 1e-3 of the sum
-    assert relative(gated, block_linear_int8_ref(x, gate_up, norm=norm, eps=1e-5, gated="silu")) < 2e-3
     down = random_weight(kind, 576, 1536, CUDA)
+    gated = block_linear(x, gate_up, norm=norm, eps=1e-5, gated="silu")
     found = block_linear(gated, down, residual=x)
-    assert relative(found, block_linear_int8_ref(gated, down, residual=x)) < 2e-3
+    if m <= 3:  # int8 whatever the table says: one step in one of 576 activations is 1/40 of its size, 1e-3 of the sum
+        assert relative(gated, block_linear_int8_ref(x, gate_up, norm=norm, eps=1e-5, gated="silu")) < 2e-3
+        assert relative(found, block_linear_int8_ref(gated, down, residual=x)) < 2e-3
+    # int8 in groups of 32 is off by about 1/127/sqrt(12) of the largest: 1e-2 of a random sum, twice in a gated one
+    assert relative(gated, block_linear_ref(x, gate_up, norm=norm, eps=1e-5, gated="silu")) < 2e-2
+    assert relative(found, block_linear_ref(gated, down, residual=x)) < 2e-2
 
 
-@pytest.mark.parametrize("m", [65, 130, 200, 512])
+@pytest.mark.parametrize("m", [17, 33, 64, 130, 200, 512])
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_rows_multiply_in_bfloat16(kind, m):
     weight = random_weight(kind, 1500, 2048, CUDA)

@@ -123,7 +123,7 @@ def test_rows_of_x_may_be_strided_and_of_any_float(x_dtype, device):
 
 def test_tiles_of_the_rule_cover_every_shape(device):
     choose = load("ostinato.kernels.block_linear.triton:default_tiles")
-    for n, k, m in ((7, 96, 1), (5, 2560, 3), (9, 4096, 8), (33, 64, 5)):
+    for n, k, m in ((7, 96, 1), (5, 2560, 3), (9, 4096, 8), (33, 64, 5), (20, 1024, 1), (6, 8192, 1)):
         weight = random_weight("Q4_0", n, k, device)
         x = grid_rows(m, k, device)
         tiles = choose(n, k, m, 4)

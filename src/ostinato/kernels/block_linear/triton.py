@@ -199,23 +199,27 @@ def choose(kind: str, n: int, k: int, m: int, gated: bool, device: torch.device)
 def default_tiles(n: int, k: int, m: int, multiprocessors: int) -> Tiles:
     """Tiles by rule, for n rows of W in all (gate and up counted).
 
-    One row of x: int8 and dp4a, with x in registers where it is short. Up to 64: int8 on the tensor cores. Up to 192:
-    bfloat16 on weights dequantized in registers. More: a dense copy of W and the vendor's product.
+    Up to 16 rows of x: int8, with x in registers where W is small, else streamed; on the tensor cores where W is long
+    and narrow, as an output layer is. More: bfloat16, on weights dequantized in registers where W is small, else a
+    dense copy of W and the vendor's product.
     """
-    if m > 192:
-        return Tiles("gemm", rows=8, groups=8, tokens=0, warps=4)
     groups = triton.next_power_of_2(k // 32)
+    small = n * k <= 2**21
+    top = triton.next_power_of_2(m)
     if m == 1:
         if groups <= 64 and n * k <= 2**25:
             rows = 4 if n <= multiprocessors * 6 else 8 if n <= multiprocessors * 16 else 16
             repeats = max(1, min(4, n // (rows * multiprocessors * 6)))
             return Tiles("resident", rows, groups, 1, warps=max(1, min(4, groups // 8)), repeats=repeats)
         return Tiles("streamed", rows=8, groups=min(groups, 64), tokens=1, warps=2)
-    if m <= 64:
-        tokens = max(8, min(32, triton.next_power_of_2(m)))
-        rows = 16 if n <= multiprocessors * 32 else 32
-        return Tiles("mma", rows=rows, groups=0, tokens=tokens, warps=max(1, min(4, groups // 4)))
-    tokens = max(16, min(64, triton.next_power_of_2(m)))
-    programs = triton.cdiv(n, 64) * triton.cdiv(m, tokens)
-    splits = max(1, min(8, multiprocessors * 2 // programs, k // 512))
-    return Tiles("tile", rows=64, groups=4, tokens=tokens, warps=4, splits=splits, stages=3)
+    if m <= 16 and small and groups <= 32:
+        return Tiles("resident", rows=16, groups=groups, tokens=2 if m <= 8 else 4, warps=4)
+    if m <= 16 and small:
+        return Tiles("streamed", rows=4, groups=64, tokens=min(top, 4), warps=2)
+    if m <= 64 and k < 1024 and n * k > 2**22:
+        return Tiles("mma", rows=64, groups=0, tokens=max(8, min(32, top)), warps=2 if m <= 8 else 1)
+    if m <= 16:
+        return Tiles("streamed", rows=8, groups=min(groups, 16), tokens=min(top, 4 if m <= 8 else 8), warps=1)
+    if m <= 192 and n * k <= 2**22:
+        return Tiles("tile", rows=64, groups=4, tokens=min(64, max(16, top)), warps=4, splits=2, stages=3)
+    return Tiles("gemm", rows=8, groups=8, tokens=0, warps=4)
