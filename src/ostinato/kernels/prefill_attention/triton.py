@@ -158,7 +158,7 @@ def choose_blocks(num_tokens: int, dim: int, element_size: int) -> tuple[int, in
     if element_size == 4:
         return 16 if padded > 128 else 32, 32, 4, 1
     if padded > 128:
-        return (128, 64, 8, 2) if num_tokens > 64 else (64, 32, 4, 2)
+        return (128, 64, 8, 3) if num_tokens > 64 else (64, 32, 4, 2)
     return (64, 128, 4, 2) if padded <= 64 else (64, 64, 4, 3)
 
 

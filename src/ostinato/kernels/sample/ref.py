@@ -114,8 +114,8 @@ def choose(logits: Floats, row: RowSettings) -> int:
             keep &= values >= largest + np.float32(math.log(row.min_p))
         tokens, values = tokens[keep], values[keep]
     if filtered and len(tokens) > 1024:
-        strong = values >= largest - np.float32(2.0)
-        drawn = values[strong] + gumbel(row.seed, row.counter, tokens[strong])
+        likely = values >= largest - np.float32(2.0)
+        drawn = values[likely] + gumbel(row.seed, row.counter, tokens[likely])
         near = values >= drawn.max() - np.float32(GUMBEL_MAX + 0.1)
         tokens, values = tokens[near], values[near]
     return int(tokens[(values + gumbel(row.seed, row.counter, tokens)).argmax()])

@@ -20,7 +20,6 @@ from ostinato.kernels.triton import trigger, wait
 
 CAPACITY = 4096  # candidates of a row; a row with more is searched in full
 SMALL = 512  # candidates that a short search takes
-PARTS = 16  # parts of a chunk whose largest values are known, by which a large k finds its bound
 _STATS = 6  # best noisy value, largest value, its sum; largest logit, its sum; logit of the best
 
 TEMPERATURE = tl.constexpr(columns.TEMPERATURE)
@@ -548,13 +547,16 @@ def sample_step(
         chunk = 512 if vocab <= 65536 and batch < 8 else 1024
     chunks = triton.cdiv(vocab, chunk)
     padded = triton.next_power_of_2(chunks)
+    parts_per_chunk = 16  # whose largest values give the bound of a k larger than the number of chunks
+    while parts_per_chunk * chunks < 1024 and parts_per_chunk < chunk // 16:
+        parts_per_chunk *= 2
 
     def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     best = scratch(batch, chunks)
     stats = scratch(batch, chunks, _STATS, dtype=torch.float32)
-    parts = scratch(batch, chunks * PARTS, dtype=torch.float32)
+    parts = scratch(batch, chunks * parts_per_chunk, dtype=torch.float32)
     found = scratch(batch)
     candidates = scratch(batch, capacity)
     candidate_values = scratch(batch, capacity, dtype=torch.float32)
@@ -562,11 +564,11 @@ def sample_step(
     rows = s.tokens if rows is None else rows  # not read where ROWS is off
     _chunk_kernel[(chunks, batch)](
         logits, rows, s.floats, s.ints, s.seed, s.logit_bias, s.token_counts, s.counter, s.active,
-        best, stats, parts, found, vocab, chunks, PARTS=PARTS, num_warps=4, **by_row,
+        best, stats, parts, found, vocab, chunks, PARTS=parts_per_chunk, num_warps=4, **by_row,
     )  # fmt: skip
     _collect_kernel[(chunks, batch)](
         logits, rows, s.floats, s.ints, s.logit_bias, s.token_counts, s.active, stats, parts, found, candidates,
-        candidate_values, vocab, chunks, PARTS=PARTS, NCP=padded, CAPACITY=capacity, num_warps=4, **by_row,
+        candidate_values, vocab, chunks, PARTS=parts_per_chunk, NCP=padded, CAPACITY=capacity, num_warps=4, **by_row,
     )  # fmt: skip
     _finish_kernel[(batch,)](
         logits, rows, s.floats, s.ints, s.seed, s.stop_ids, s.logit_bias, s.counter, s.token_counts, s.tokens,
