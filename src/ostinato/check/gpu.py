@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -100,6 +101,7 @@ class _GpuRun:
         wanted = max(len(subject.calls), _NUM_WARMUP + 2 + _NUM_REPLAYS)
         self._calls = list(itertools.islice(itertools.cycle(subject.calls), wanted))
         self._graph = torch.cuda.CUDAGraph()
+        self._read_by_graph: dict[int, Site | None] = {}
 
     def detail(self) -> str:
         """What was run, in words."""
@@ -122,7 +124,8 @@ class _GpuRun:
 
     def all(self) -> None:
         """Everything, in order; stops at what makes the rest meaningless."""
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
                 for index in range(_NUM_WARMUP):
                     self._eager(index)
@@ -141,7 +144,7 @@ class _GpuRun:
     # ------------------------------------------------------------------ capture
     def _trace(self, index: int) -> tuple[OpTrace, Any]:
         """An eager call with its operations recorded. The trace undoes nothing here."""
-        trace = OpTrace(self.device)
+        trace = DeviceTrace(self.device)
         call = self._calls[index]
         args, kwargs = _cloned((call.args, dict(call.kwargs)))
         torch.manual_seed(_SEED + index)
@@ -150,7 +153,7 @@ class _GpuRun:
         return trace, result
 
     def _capture_and_replay(self, index: int) -> None:
-        captured_trace = OpTrace(self.device)
+        captured_trace = DeviceTrace(self.device)
         call = self._calls[index]
         args, kwargs = _cloned((call.args, dict(call.kwargs)))
         static = tensors((args, kwargs))
@@ -169,7 +172,10 @@ class _GpuRun:
         self.notes.append(f"the graph holds {torch.cuda.memory_allocated(self.device) - before:,} bytes")
         inputs = {t.untyped_storage()._cdata for t in static if t.is_cuda}
         externals = [e.tensor for k, e in captured_trace.externals.items() if e.tensor.is_cuda and k not in inputs]
-        places = {k: (StorageRef(e.tensor), e.site) for k, e in captured_trace.externals.items()}
+        places = {k: (StorageRef(e.tensor), e.site) for k, e in captured_trace.externals.items() if e.tensor.is_cuda}
+        self._read_by_graph = {
+            k: e.site for k, e in captured_trace.externals.items() if e.tensor.is_cuda and k not in inputs
+        }
         captured_trace.externals.clear()
         self._replays(index, static, outputs, externals, captured_trace)
         del externals
@@ -259,6 +265,8 @@ class _GpuRun:
         elif split is not None:
             record = split[0] or split[1]  # type: ignore[assignment]  # one of the two is a record
             self._hazard("CONTROL_FLOW", f"the next call runs other operations; {text}", record.name, record.site)
+        elif stale := [site for key, site in self._read_by_graph.items() if key not in eager.externals]:
+            self._hazard("STALE_INPUT", f"the next call reads another tensor here; {text}", "external", stale[0])
         else:
             last = eager.records[-1].site if eager.records else None
             self._hazard("REPLAY_DIFFERS", text, "replay", last)
@@ -273,6 +281,18 @@ class _GpuRun:
         for key, (reference, site) in places.items():
             if key not in inputs and reference.is_dead:
                 self._hazard("FREED_INPUT", "a tensor that the graph reads did not outlive the capture", "free", site)
+
+
+class DeviceTrace(OpTrace):
+    """As ``OpTrace``, without operations that only the host sees: they are no part of a graph."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        """Record what touches the device; run the rest as it is."""
+        named = (kwargs or {}).get("device")
+        inputs = tensors((args, dict(kwargs or {})))
+        if not any(t.is_cuda for t in inputs) and (named is None or torch.device(named).type != "cuda"):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class OpByOp(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.cuda._gpu_trace as gpu_trace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ostinato.check.finding import NOWHERE, Certainty, Finding, Frame, Severity
-from ostinato.check.frames import user_stack
+from ostinato.check.frames import caller_is_user, user_stack
 from ostinato.check.op_table import load_table
 from ostinato.check.pretend.flatten import tensors
 from ostinato.check.rules import RULES
@@ -23,10 +23,17 @@ _MESSAGES = {
 }
 
 
+class Watcher(Protocol):
+    """Who wants to know that the host waits."""
+
+    def host_waits(self, kind: str) -> None:
+        """The host waits now; ``kind`` is ``device``, ``stream`` or ``event``."""
+
+
 class HostWaits:
     """Hands synchronisations to whoever watches now. The callbacks cannot be taken back, so they are registered once."""
 
-    watcher: ClassVar[GpuWatch | None] = None
+    watcher: ClassVar[Watcher | None] = None
     _is_registered: ClassVar[bool] = False
 
     @classmethod
@@ -73,6 +80,7 @@ class GpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         self._assumed = gpu_assumptions()
         self._warned = warnings.catch_warnings(record=True)
         self._warnings: list[Any] = []
+        self._manual_seed = torch.manual_seed
 
     def __enter__(self) -> GpuWatch:
         """Begin to watch; sync-debug warnings are the fallback for waits that the trace does not tell."""
@@ -82,6 +90,7 @@ class GpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         HostWaits.watcher = self
+        torch.manual_seed = self._seed
         super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return self
 
@@ -89,6 +98,7 @@ class GpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         """Stop, and add what only the warnings told."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         HostWaits.watcher = None
+        torch.manual_seed = self._manual_seed
         torch.cuda.set_sync_debug_mode("default")
         self._warned.__exit__(*error)
         told = [w for w in self._warnings if "synchronizing" in str(w.message)]
@@ -101,6 +111,12 @@ class GpuWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
     def _add(self, rule: str, severity: Severity, message: str, op: str, stack: Sequence[Frame]) -> None:
         found = finding(rule, severity, message, op, stack, self._assumed)
         self.findings.setdefault((rule, found.where.file, found.where.line), found)
+
+    def _seed(self, seed: int) -> torch.Generator:
+        if caller_is_user():
+            text = "seeding in a capture: refused, or ignored if the seed is the current one"
+            self._add("RNG_SEED", Severity.HAZARD, text, "torch.manual_seed", user_stack())
+        return self._manual_seed(seed)
 
     def host_waits(self, kind: str) -> None:
         """The host synchronises now."""

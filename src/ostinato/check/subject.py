@@ -69,7 +69,7 @@ def adopt(world: World, subject: Subject) -> int:
     Arguments, parameters, buffers and tensors in attributes and closures are taken to be on the device. Free 0-dim
     tensors are left on the host: they are usually counters.
     """
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}  # the objects too: a freed one's id is used again
     count = 0
 
     def put(tensor: torch.Tensor) -> None:
@@ -81,7 +81,7 @@ def adopt(world: World, subject: Subject) -> int:
     def visit(value: Any, depth: int, is_free: bool) -> None:
         if id(value) in seen or depth > _MAX_DEPTH:
             return
-        seen.add(id(value))
+        seen[id(value)] = value
         if isinstance(value, torch.Tensor):
             if not is_free or value.dim() > 0 or isinstance(value, torch.nn.Parameter):
                 put(value)

@@ -126,9 +126,11 @@ def _classify_cost(world: World, name: str, base: str, inputs: list[torch.Tensor
     if num_bytes < _LARGE_BYTES:
         return
     if base in _FILLS:
-        world.report("STEP_ALLOCATION", Severity.INFO, f"every replay writes {num_bytes:,} constant bytes", name)
+        world.report("STEP_ALLOCATION", Severity.WARNING, f"every replay writes {num_bytes:,} constant bytes", name)
     elif base in ("repeat", "repeat_interleave") and inputs:
-        world.report("STEP_ALLOCATION", Severity.INFO, f"every replay repeats a tensor into {num_bytes:,} bytes", name)
+        world.report(
+            "STEP_ALLOCATION", Severity.WARNING, f"every replay repeats a tensor into {num_bytes:,} bytes", name
+        )
 
 
 def classify(

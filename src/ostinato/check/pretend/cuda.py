@@ -13,7 +13,7 @@ import torch.cuda
 import torch.cuda.graphs
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ostinato.check.finding import Severity
+from ostinato.check.finding import Certainty, Severity
 from ostinato.check.frames import asks_as_user
 from ostinato.check.pretend.generator import PretendGenerator
 from ostinato.check.pretend.graph import make_graph_classes
@@ -93,7 +93,9 @@ def _reporting(
     world: World, rule: str, severity: Severity, message: str, op: str, result: Any = None
 ) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        world.report(rule, severity, message, op)
+        # Whether the allocator really has to free something depends on what it has cached.
+        certainty = Certainty.CONDITIONAL if rule == "ALLOCATOR" else Certainty.PROVED
+        world.report(rule, severity, message, op, certainty=certainty)
         return result
 
     return call

@@ -83,6 +83,8 @@ def scan_class(node: ast.ClassDef, file: str) -> list[Finding]:
                         cleared[name] = (method.name, inner.lineno)
             elif isinstance(inner, ast.If | ast.IfExp):
                 name = _asked(inner.test)
+                if isinstance(inner, ast.If) and all(isinstance(n, ast.Raise) for n in inner.body):
+                    continue  # says so instead of taking another path
                 if name is not None and method.name != "__init__":
                     asked.setdefault(name, (method.name, inner.lineno))
     found: list[Finding] = []

@@ -1,0 +1,1 @@
+"""Op tables, one per torch version, and the maintainer's script that compares them with a real GPU."""
