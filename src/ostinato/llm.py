@@ -30,12 +30,14 @@ from ostinato.text import ChatTemplate, StopStrings, StreamDecoder, Tokenizer
 class Delta:
     """What is new in an answer. text: may be empty while a character or a possible stop string is unfinished.
 
-    logprobs: one per token. finish_reason: ``stop`` (a stop token or string), ``length``, or None while it goes on.
+    logprobs: one per token. top_logprobs: for each token the most likely ones and theirs, as many as the request asked
+    for. finish_reason: ``stop`` (a stop token or string), ``length``, or None while it goes on.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...]
     finish_reason: str | None
 
 
@@ -211,7 +213,7 @@ class LLM:
                 text += tail + ("" if stopped else stops.flush())
             if stopped:
                 reason = "stop"
-            yield Delta(text, (event.token,), (event.logprob,), reason)
+            yield Delta(text, (event.token,), (event.logprob,), (event.top,), reason)
 
     def _next_event(self, sequence: TokenSequence) -> TokenEvent:
         inbox = self._inboxes[sequence]

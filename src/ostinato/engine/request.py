@@ -44,10 +44,13 @@ class Sequence:
 class TokenEvent:
     """One new token of a sequence. logprob: natural log of its probability before penalties and temperature.
 
+    top: the most likely tokens with theirs, as many as the request asked for.
+
     finish_reason: ``stop`` (a stop token), ``length`` (max_tokens or the context is used up), or None while it goes on.
     """
 
     sequence: Sequence
     token: int
     logprob: float
+    top: tuple[tuple[int, float], ...]
     finish_reason: str | None

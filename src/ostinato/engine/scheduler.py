@@ -8,6 +8,7 @@ from ostinato.engine.request import Request, Sequence, TokenEvent
 from ostinato.engine.runner import Runner
 from ostinato.errors import ContextLengthError, SamplingError, UsageError
 from ostinato.kernels.sample.buffers import MAX_STOP_IDS
+from ostinato.sampling import Published
 
 RUN_AHEAD = 4  # steps launched before the first of them is read: hides the host, wastes at most three steps at an end
 
@@ -157,10 +158,10 @@ class Scheduler:
                     break
                 must = False
                 if drawn.token is not None:
-                    events.append(self._take(sequence, drawn.token, drawn.logprob))
+                    events.append(self._take(sequence, drawn.token, drawn))
         return events
 
-    def _take(self, sequence: Sequence, token: int, logprob: float) -> TokenEvent:
+    def _take(self, sequence: Sequence, token: int, drawn: Published) -> TokenEvent:
         sequence.tokens.append(token)
         request = sequence.request
         if token in request.stop_ids and not request.params.ignore_eos:
@@ -169,7 +170,7 @@ class Scheduler:
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:
             self._retire(sequence)
-        return TokenEvent(sequence, token, logprob, sequence.finish_reason)
+        return TokenEvent(sequence, token, drawn.logprob, drawn.top, sequence.finish_reason)
 
     def _retire(self, sequence: Sequence) -> None:
         slot = sequence.slot

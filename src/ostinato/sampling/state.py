@@ -18,10 +18,14 @@ from ostinato.sampling.params import SamplingParams
 
 @dataclass(frozen=True)
 class Published:
-    """What one step of one row put into the ring. token is None where the row was not active."""
+    """What one step of one row put into the ring. token is None where the row was not active.
+
+    top: the most likely tokens with their log-probabilities, in order, as many as the request asked for.
+    """
 
     token: int | None
     logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class SamplerState:
@@ -34,6 +38,8 @@ class SamplerState:
     def __init__(self, buffers: SampleBuffers) -> None:
         self.buffers = buffers
         self._ring: npt.NDArray[np.int64] = buffers.ring.numpy()
+        self._top_ring: npt.NDArray[np.int64] = buffers.top_ring.numpy()
+        self._num_top = [0] * buffers.max_batch
 
     @classmethod
     def allocate(cls, max_batch: int, vocab: int, device: torch.device | str) -> SamplerState:
@@ -71,6 +77,7 @@ class SamplerState:
         self._write(b.seed[row : row + 1], (seed,))
         self._write(b.stop_ids[row], (*stop_ids, *(-1 for _ in range(MAX_STOP_IDS - len(stop_ids)))))
         b.counter[row : row + 1].zero_()
+        self._num_top[row] = p.logprobs or 0
         if params.uses_penalties:
             counts = np.zeros(b.vocab, dtype=np.int32)
             counts[np.asarray(prompt_ids, dtype=np.int64)] = PROMPT_BIT
@@ -112,8 +119,17 @@ class SamplerState:
         if stamp < step + 1:
             return None
         value = token & NO_TOKEN
-        bits = np.uint32(logprob & NO_TOKEN)
-        return Published(None if value == NO_TOKEN else value, float(bits.view(np.float32)))
+        if value == NO_TOKEN:
+            return Published(None, 0.0)
+        top: tuple[tuple[int, float], ...] = ()
+        if self._num_top[row]:
+            # The kernel writes these after the token; each word has its own stamp.
+            words = self._top_ring[step % self._ring.shape[0], row, : self._num_top[row]].copy()
+            if int((words >> 32).min()) < step + 1:
+                return None
+            lower = (words & NO_TOKEN).astype(np.uint32)
+            top = tuple(zip(lower[:, 0].tolist(), lower[:, 1].copy().view(np.float32).tolist(), strict=True))
+        return Published(value, float(np.uint32(logprob & NO_TOKEN).view(np.float32)), top)
 
     def _write(self, target: torch.Tensor, values: Sequence[float]) -> None:
         self._copy(target, torch.tensor(values, dtype=target.dtype))

@@ -47,7 +47,7 @@ _sample_step = register(
     "sample_step(Tensor logits, Tensor? rows, Tensor floats, Tensor ints, Tensor seed, Tensor stop_ids,"
     " Tensor logit_bias, Tensor(a!) counter, Tensor(b!) token_counts, Tensor(c!) tokens, Tensor(d!) positions,"
     " Tensor(e!) remaining, Tensor(f!) active, Tensor(g!) step, Tensor(h!) sampled, Tensor(i!) logprob,"
-    " Tensor(j!) top_ids, Tensor(k!) top_logprobs, Tensor(l!) ring) -> ()",
+    " Tensor(j!) ring, Tensor(k!) top_ring) -> ()",
     reference=sample_step_ref,
     kernel="ostinato.kernels.sample.triton:sample_step",
     fake=lambda *tensors: None,

@@ -36,9 +36,10 @@ class SampleBuffers:
 
     Written by each step:
     step: int32 [S], steps of the row, active or not. sampled: int32 [S], -1 where not active. logprob: float32 [S],
-    log softmax of the untouched logits. top_ids: int32 [S, 20] and top_logprobs: float32 [S, 20], as many as asked.
+    log softmax of the untouched logits.
     ring: int64 [R, S, 2] in memory that the host can read without a CUDA call (pinned where there is a GPU): at
     ``step % R``, ``(step + 1) << 32`` or'ed with the token (NO_TOKEN where not active), then with the log-prob's bits.
+    top_ring: int64 [R, S, 20, 2], likewise: the most likely tokens in order, as many as were asked for.
     """
 
     floats: torch.Tensor
@@ -55,9 +56,8 @@ class SampleBuffers:
     step: torch.Tensor
     sampled: torch.Tensor
     logprob: torch.Tensor
-    top_ids: torch.Tensor
-    top_logprobs: torch.Tensor
     ring: torch.Tensor
+    top_ring: torch.Tensor
 
     @classmethod
     def allocate(cls, max_batch: int, vocab: int, device: torch.device | str) -> SampleBuffers:
@@ -66,6 +66,10 @@ class SampleBuffers:
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
+
+        def published(*shape: int) -> torch.Tensor:
+            pinned = device.type == "cuda"
+            return torch.zeros((RING_STEPS, max_batch, *shape), dtype=torch.int64, pin_memory=pinned)
 
         floats = zeros(max_batch, NUM_FLOATS, dtype=torch.float32)
         floats[:, TOP_P] = 1.0
@@ -85,9 +89,8 @@ class SampleBuffers:
             step=zeros(max_batch),
             sampled=zeros(max_batch) - 1,
             logprob=zeros(max_batch, dtype=torch.float32),
-            top_ids=zeros(max_batch, MAX_LOGPROBS),
-            top_logprobs=zeros(max_batch, MAX_LOGPROBS, dtype=torch.float32),
-            ring=torch.zeros((RING_STEPS, max_batch, 2), dtype=torch.int64, pin_memory=device.type == "cuda"),
+            ring=published(2),
+            top_ring=published(MAX_LOGPROBS, 2),
         )
 
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -148,8 +148,9 @@ def _sample_row(logits: torch.Tensor, state: SampleBuffers, slot: int) -> None:
     logprob = logits[token] - normalizer
     if num_logprobs:
         best, ids = logits.sort(descending=True, stable=True)
-        state.top_ids[slot, :num_logprobs] = ids[:num_logprobs].int()
-        state.top_logprobs[slot, :num_logprobs] = best[:num_logprobs] - normalizer
+        top = state.top_ring[step % state.top_ring.shape[0], slot, :num_logprobs]
+        top[:, 0] = (step + 1) << 32 | ids[:num_logprobs]
+        top[:, 1] = (step + 1) << 32 | (best[:num_logprobs] - normalizer).view(torch.int32).long() & 0xFFFFFFFF
     state.sampled[slot] = token
     state.logprob[slot] = logprob
     published[0] = (step + 1) << 32 | token

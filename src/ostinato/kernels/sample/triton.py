@@ -401,8 +401,14 @@ def _search_row(
 
 
 @triton.jit
+def _bits(value):
+    """The bits of a float32 as the lower half of an int64."""
+    return value.to(tl.int32, bitcast=True).to(tl.int64) & NO_TOKEN
+
+
+@triton.jit
 def _top_logprobs(
-    logits, b, row, V, stats, normalizer, wanted, top_ids, top_logprobs, NC, NCP: tl.constexpr, CHUNK: tl.constexpr
+    logits, b, V, stats, normalizer, wanted, entry, stamp, NC, NCP: tl.constexpr, CHUNK: tl.constexpr
 ):
     """The ``wanted`` largest logits in order, ties by index: each time from the chunk that holds the largest left."""
     c = tl.arange(0, NCP)
@@ -415,8 +421,8 @@ def _top_logprobs(
         x = tl.load(logits + b.to(tl.int64) * V + tokens, mask=tokens < V, other=float("-inf"))
         fresh = (x < last_value) | ((x == last_value) & (tokens > last_token))
         token = tl.min(tl.where(fresh & (x == value), tokens, _BIG), 0)
-        tl.store(top_ids + row * MAX_LOGPROBS + i, token)
-        tl.store(top_logprobs + row * MAX_LOGPROBS + i, value - normalizer)
+        tl.store(entry + 2 * i, stamp | token.to(tl.int64))
+        tl.store(entry + 2 * i + 1, stamp | _bits(value - normalizer))
         later = (x < value) | ((x == value) & (tokens > token))
         left = tl.where(c == chunk, tl.max(tl.where(later, x, float("-inf")), 0), left)
         last_value = value
@@ -441,9 +447,8 @@ def _finish_kernel(
     step,
     sampled,
     logprob,
-    top_ids,
-    top_logprobs,
     ring,
+    top_ring,
     best,
     stats,
     found,
@@ -514,12 +519,13 @@ def _finish_kernel(
         chosen = tl.sum(tl.where(c == chunk, of_best, 0.0), 0)
     value = chosen - normalizer
     tl.store(entry, stamp | token.to(tl.int64))
-    tl.store(entry + 1, stamp | (value.to(tl.int32, bitcast=True).to(tl.int64) & NO_TOKEN))
+    tl.store(entry + 1, stamp | _bits(value))
     tl.store(sampled + row, token)
     tl.store(logprob + row, value)
     wanted = tl.load(ints + row * NUM_INTS + NUM_LOGPROBS)
     if wanted > 0:
-        _top_logprobs(logits, b, row, V, stats, normalizer, wanted, top_ids, top_logprobs, NC, NCP, CHUNK)
+        top_entry = top_ring + ((now % RING).to(tl.int64) * S + row) * MAX_LOGPROBS * 2
+        _top_logprobs(logits, b, V, stats, normalizer, wanted, top_entry, stamp, NC, NCP, CHUNK)
 
     tl.store(next_tokens + row, token)
     tl.store(positions + row, position + 1)
@@ -572,7 +578,7 @@ def sample_step(
     )  # fmt: skip
     _finish_kernel[(batch,)](
         logits, rows, s.floats, s.ints, s.seed, s.stop_ids, s.logit_bias, s.counter, s.token_counts, s.tokens,
-        s.positions, s.remaining, s.active, s.step, s.sampled, s.logprob, s.top_ids, s.top_logprobs, s.ring,
+        s.positions, s.remaining, s.active, s.step, s.sampled, s.logprob, s.ring, s.top_ring,
         best, stats, found, candidates, candidate_values, vocab, chunks, s.max_batch, RING=s.ring.shape[0], NCP=padded,
         SMALL=small, CAPACITY=capacity, SEARCH=2048, num_warps=8, **by_row,
     )  # fmt: skip
