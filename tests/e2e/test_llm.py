@@ -93,16 +93,19 @@ def test_a_stop_string_that_never_comes_holds_nothing_back_at_the_end(llm: LLM) 
 
 def test_logprobs_are_log_softmax_of_the_models_logits(llm: LLM) -> None:
     prompt = llm.tokenizer.encode(PROMPT)
-    deltas = list(llm.stream(prompt, sampled(3, repetition_penalty=1.3, logit_bias={9: 2.0}, top_k=20)))
+    deltas = list(llm.stream(prompt, sampled(3, repetition_penalty=1.3, logit_bias={9: 2.0}, top_k=20, logprobs=4)))
     tokens = ids_of(deltas)
     llm.runner.admit(0, SamplingParams(), prompt, (), CONTEXT)
     logits = llm.runner.logits(0, [*prompt, *tokens[:-1]], 0)
     llm.runner.release(0)
-    expected = logits[len(prompt) - 1 :].log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    distribution = logits[len(prompt) - 1 :].log_softmax(-1)
+    expected = distribution.gather(1, torch.tensor(tokens)[:, None])[:, 0]
     actual = torch.tensor([value for d in deltas for value in d.logprobs])
     # Prompt and answer run through different sums; in bfloat16 each layer rounds them to 2^-9 of values of size 1.
     exact = llm.runner.kv.dtype == torch.float32
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 if exact else 0.1)
+    top = torch.tensor([[value for _, value in best] for d in deltas for best in d.top_logprobs])
+    torch.testing.assert_close(top, distribution.topk(4).values, rtol=0, atol=1e-5 if exact else 0.1)
 
 
 def test_a_seed_gives_the_same_text_and_no_seed_another(llm: LLM) -> None:
