@@ -3,7 +3,8 @@
     report = check(fn, calls=[(x0,), (x1,), (x2,)])
     print(to_text(report))
 
-``ostinato check`` and ``ostinato scan`` are the same from the command line; ``docs/capture-rules.md`` explains the rules.
+``ostinato check`` and ``ostinato scan`` are the same from the command line; ``docs/capture-rules.md`` explains the
+rules.
 """
 
 from ostinato.check.api import check, check_factory

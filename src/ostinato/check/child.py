@@ -61,7 +61,10 @@ def _watch(limit_s: float, target: str, progress: Progress, result: Path) -> Non
     def expire() -> None:
         places = _main_frames(main)
         at = f"; it is at {places[0].file}:{places[0].line} in {places[0].function}" if places else ""
-        problem = f"not finished within the time limit of {limit_s:g} s{at}. Raise it with --time-limit, or check a smaller part"
+        problem = (
+            f"not finished within the time limit of {limit_s:g} s{at}. "
+            "Raise it with --time-limit, or check a smaller part"
+        )
         _write(result, to_json(_unfinished(target, progress, problem)))
         os._exit(0)
 

@@ -66,7 +66,7 @@ def _big_slice(on_device: OnDevice, args: Sequence[Any], kwargs: Mapping[str, An
     """mode: slices over 2048 elements go through thrust, which waits."""
     tensor = args[0]
     dim = _argument(args, kwargs, 1, "dim", -1)
-    return tensor.dim() > 0 and tensor.size(dim) > 2048
+    return bool(tensor.dim() > 0 and tensor.size(dim) > 2048)
 
 
 CONDITIONS: dict[str, Condition] = {

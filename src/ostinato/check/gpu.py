@@ -45,7 +45,7 @@ def check_on_gpu(make: Callable[[], Subject], *, target: str = "") -> Report:
     if not torch.cuda.is_available():
         raise CheckError("the gpu pass needs a CUDA device, and PyTorch sees none: use --passes cpu")
     start = time.perf_counter()
-    torch.manual_seed(0)
+    torch.random.manual_seed(0)
     try:
         subject = make()
     except RuntimeError as error:
@@ -117,7 +117,7 @@ class _GpuRun:
     def _eager(self, index: int) -> Any:
         call = self._calls[index]
         args, kwargs = _cloned((call.args, dict(call.kwargs)))
-        torch.manual_seed(_SEED + index)
+        torch.random.manual_seed(_SEED + index)
         result = self._call(Call(args, kwargs))
         self.num_calls += 1
         return result
@@ -147,7 +147,7 @@ class _GpuRun:
         trace = DeviceTrace(self.device)
         call = self._calls[index]
         args, kwargs = _cloned((call.args, dict(call.kwargs)))
-        torch.manual_seed(_SEED + index)
+        torch.random.manual_seed(_SEED + index)
         result = trace.run(lambda: self._call(Call(args, kwargs)))
         self.num_calls += 1
         return trace, result
@@ -172,7 +172,11 @@ class _GpuRun:
         self.notes.append(f"the graph holds {torch.cuda.memory_allocated(self.device) - before:,} bytes")
         inputs = {t.untyped_storage()._cdata for t in static if t.is_cuda}
         externals = [e.tensor for k, e in captured_trace.externals.items() if e.tensor.is_cuda and k not in inputs]
-        places = {k: (StorageRef(e.tensor), e.site) for k, e in captured_trace.externals.items() if e.tensor.is_cuda}
+        places = {
+            k: (StorageRef(e.tensor), e.site)
+            for k, e in captured_trace.externals.items()
+            if e.tensor.is_cuda and e.tensor.numel()
+        }
         self._read_by_graph = {
             k: e.site for k, e in captured_trace.externals.items() if e.tensor.is_cuda and k not in inputs
         }
@@ -238,7 +242,7 @@ class _GpuRun:
                 slot.detach().copy_(value.detach())
             for output in fresh_outputs:
                 poison_(output)
-            torch.manual_seed(_SEED + number % len(self._calls))
+            torch.random.manual_seed(_SEED + number % len(self._calls))
             self._graph.replay()
             torch.cuda.synchronize()
             self.num_replays += 1
@@ -283,7 +287,7 @@ class _GpuRun:
                 self._hazard("FREED_INPUT", "a tensor that the graph reads did not outlive the capture", "free", site)
 
 
-class DeviceTrace(OpTrace):
+class DeviceTrace(OpTrace):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """As ``OpTrace``, without operations that only the host sees: they are no part of a graph."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:

@@ -31,7 +31,7 @@ class Watcher(Protocol):
 
 
 class HostWaits:
-    """Hands synchronisations to whoever watches now. The callbacks cannot be taken back, so they are registered once."""
+    """Hands synchronisations to whoever watches now. Callbacks cannot be taken back: they are registered once."""
 
     watcher: ClassVar[Watcher | None] = None
     _is_registered: ClassVar[bool] = False

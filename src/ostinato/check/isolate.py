@@ -83,4 +83,4 @@ def _why(process: subprocess.Popen[bytes], overran: bool, request: Request, text
     last = (text.strip().splitlines() or ["nothing was printed"])[-1][:200]
     if code is not None and code < 0:
         return f"the checked code ended its process with {signal.Signals(-code).name}; the last line it printed: {last}"
-    return f"the checked code ended its process with exit code {code} before the check was done; the last line it printed: {last}"
+    return f"the checked code ended its process with exit code {code} too early; the last line it printed: {last}"

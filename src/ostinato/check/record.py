@@ -26,7 +26,8 @@ _MAX_HOST_VALUES = 64
 _UNINITIALISED = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 #: Their results depend on the operands' shapes alone, not on their values.
 _VALUE_FREE = _UNINITIALISED | {
-    "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros", "new_ones", "new_full",
+    "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros", "new_ones",
+    "new_full",
 }  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def merged(reports: list[tuple[str, Report]], target: str) -> Report:
 
 
 def with_gpu(report: Report, real: Report) -> Report:
-    """A report of the CPU passes together with one of the GPU: what both found is counted once, as the GPU proved it."""
+    """A report of the CPU passes together with one of the GPU; what both found is listed once."""
     seen = {(f.rule.code, f.where.file, f.where.line) for f in report.findings}
     new = [f for f in real.findings if (f.rule.code, f.where.file, f.where.line) not in seen]
     return Report(

@@ -195,7 +195,7 @@ _ALL = (
         "CG301",
         "OPAQUE_OP",
         "an operation whose effects are not known",
-        "declare it: ostinato.check.declare_op('ns::name', 'device'), once you know that it neither syncs nor allocates",
+        "declare it: ostinato.check.declare_op('ns::name', 'device'), if it neither syncs nor allocates",
     ),
     Rule(
         "CG302",

@@ -133,7 +133,8 @@ class ScriptWatcher:
         self.num_replays += 1
         if capture.num_replays == 0:
             for external in tape.freed():
-                text = f"the tensor of shape {list(external.shape)} that is read here has been freed: its memory may hold anything"
+                shape = list(external.shape)
+                text = f"the tensor of shape {shape} that is read here has been freed: its memory may hold anything"
                 self._hazard("FREED_INPUT", text, "free", external.first_read, "tape")
         capture.num_replays += 1
         rng = torch.default_generator.get_state()

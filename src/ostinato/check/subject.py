@@ -64,7 +64,7 @@ class Subject:
 
 
 def adopt(world: World, subject: Subject) -> int:
-    """Declare everything that a callable made before the pretence reaches to be on the device; returns how many tensors.
+    """Declare everything that a callable made before the pretence reaches to be on the device; returns how many.
 
     Arguments, parameters, buffers and tensors in attributes and closures are taken to be on the device. Free 0-dim
     tensors are left on the host: they are usually counters.

@@ -59,8 +59,9 @@ def table(found: list[Row]) -> str:
     agreeing = sum(row.agrees for row in found)
     same = sum(row.gpu_lines_agree for row in found)
     head = (
-        f"torch {torch.__version__}, {torch.cuda.get_device_name()}: verdicts agree in {agreeing} of {len(found)} cases, "
-        f"lines are the same in {same}.\n\n| case | expected | pretend | gpu | same lines | gpu says |\n|---|---|---|---|---|---|\n"
+        f"torch {torch.__version__}, {torch.cuda.get_device_name()}: verdicts agree in {agreeing} of {len(found)} "
+        f"cases, lines are the same in {same}.\n\n"
+        "| case | expected | pretend | gpu | same lines | gpu says |\n|---|---|---|---|---|---|\n"
     )
     return head + "".join(
         f"| {r.case.name} | {r.case.verdict} | {r.pretend} | {r.gpu} | {'yes' if r.gpu_lines_agree else 'no'} | "

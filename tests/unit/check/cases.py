@@ -1,8 +1,8 @@
 """Classified snippets: the checker's acceptance suite.
 
-Each case is a factory ``make(dev) -> (fn, argument sets)``. ``fn(*args)`` is the region; tensors in the argument sets are
-static inputs, Python numbers are host values that change from call to call. Lines that must be reported end in ``# BAD``,
-and no other line may be.
+Each case is a factory ``make(dev) -> (fn, argument sets)``. ``fn(*args)`` is the region; tensors in the argument sets
+are static inputs, Python numbers are host values that change from call to call. Lines that must be reported end in
+``# BAD``, and no other line may be.
 
 verdict ``ok``: nothing at hazard or error level. ``error``: an error on every BAD line. ``hazard``: at least a hazard.
 ``rules``: any of these is a right answer.
@@ -657,7 +657,7 @@ def never_joined(dev):
     def fn(x):
         side.wait_stream(torch.cuda.current_stream())  # BAD
         with torch.cuda.stream(side):
-            y = x * 2
+            x.mul(2)
         return x + 1
 
     return fn, twice(dev, 4)

@@ -126,7 +126,8 @@ def test_hanging_code_is_ended_and_what_was_found_is_kept(folder):
 
 def test_printing_does_not_spoil_the_report(folder):
     report = check(folder, "code.py:prints")
-    assert report.printed == "noise\n" * 4 and report.exit_code() == 0
+    assert report.printed == "noise\n" * 4
+    assert report.exit_code() == 0
 
 
 def test_script_with_a_graph_runs_its_tape(folder):
@@ -209,5 +210,6 @@ def test_pytest_plugin(tmp_path):
     environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "2 failed, 2 passed" in done.stdout, done.stdout + done.stderr
-    assert "CG102" in done.stdout and "CG101" in done.stdout
+    assert "CG102" in done.stdout
+    assert "CG101" in done.stdout
     assert json.loads((tmp_path / "out.sarif").read_text())["version"] == "2.1.0"

@@ -12,6 +12,7 @@ from ostinato.check.record import Recorder
 from ostinato.check.session import check_subject
 from ostinato.check.suppress import apply_baseline, read_baseline, write_baseline
 from ostinato.check.tape import Tape, compare_with_eager
+from ostinato.check.targets import subject_from
 from ostinato.check.trace import compare_calls
 from ostinato.errors import CheckError, UsageError
 
@@ -25,13 +26,19 @@ def test_pretended_tensors_say_they_are_on_the_device():
         x = torch.ones(3, 5, device="cuda")
         view = x.T[1:]
         host = torch.ones(3)
-        assert view.is_cuda and not host.is_cuda
-        assert str(view.device) == "cuda:0" and view.get_device() == 0 and host.get_device() == -1
-        assert (x + 1).is_cuda and torch.zeros_like(x).is_cuda and x.to("cpu").device.type == "cpu"
+        assert view.is_cuda
+        assert not host.is_cuda
+        assert str(view.device) == "cuda:0"
+        assert view.get_device() == 0
+        assert host.get_device() == -1
+        assert (x + 1).is_cuda
+        assert torch.zeros_like(x).is_cuda
+        assert x.to("cpu").device.type == "cpu"
         assert torch.nn.Linear(3, 2).to("cuda").weight.is_cuda
         with torch.device("cuda:1"):
             assert torch.zeros(2).device.index == 1
-        assert torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
+        assert torch.cuda.is_available()
+        assert not torch.cuda.is_current_stream_capturing()
         with world.region():
             assert torch.cuda.is_current_stream_capturing()
     assert not world.findings
@@ -177,9 +184,11 @@ def test_report_never_says_safe_and_names_branches_not_reached():
 
     report = check_factory(lambda dev: (fn, [(torch.ones(2, device=dev), False)]), gpu=False)
     assert report.exit_code() == 0
-    assert "branches not reached" in report.summary() and "safe" not in report.summary()
+    assert "branches not reached" in report.summary()
+    assert "safe" not in report.summary()
     (found,) = [f for f in report.findings if f.severity is Severity.WARNING]
-    assert found.rule.name == "DYNAMIC_SHAPE" and found.certainty == "suspect"
+    assert found.rule.name == "DYNAMIC_SHAPE"
+    assert found.certainty == "suspect"
 
 
 def test_error_in_the_region_is_a_finding_and_partial():
@@ -187,7 +196,8 @@ def test_error_in_the_region_is_a_finding_and_partial():
         raise ValueError("odd")
 
     report = check_factory(lambda dev: (fn, [(torch.ones(2, device=dev),)]), gpu=False)
-    assert names(report) == {"RAISED"} and report.exit_code() == 3
+    assert names(report) == {"RAISED"}
+    assert report.exit_code() == 3
 
 
 def test_first_call_only_is_a_warning():
@@ -216,7 +226,8 @@ def test_custom_ops_are_opaque_until_declared():
         return torch.ops.ostinato_tests.twice, [(torch.ones(3, device=dev),)]
 
     report = check_factory(make, gpu=False)
-    assert report.opaque_ops == {"ostinato_tests.twice.default": 4} and report.exit_code() == 0
+    assert report.opaque_ops == {"ostinato_tests.twice.default": 4}
+    assert report.exit_code() == 0
     declare_op("ostinato_tests::twice", "device")
     assert not check_factory(make, gpu=False).opaque_ops
     declare_op("ostinato_tests::twice", "sync")
@@ -260,7 +271,7 @@ def test_tables_exist_for_every_supported_torch():
     assert "aten.cholesky_solve.default" in load_table("2.11").effects
     assert "aten.cholesky_solve.default" not in load_table("2.13").effects
     assert "no op table" in load_table("2.14").note
-    with pytest.raises(UsageError, match="major.minor"):
+    with pytest.raises(UsageError, match=r"major\.minor"):
         load_table("newest")
 
 
@@ -269,7 +280,6 @@ def test_meta_needs_no_memory_for_a_large_model():
         weight = torch.empty(1 << 20, 1 << 16, device=dev)  # 256 GiB
         return (lambda x: (x @ weight.T).argmax(-1)), [(torch.randn(1, 1 << 16, device=dev),)]
 
-    from ostinato.check.targets import subject_from
-
     report = check_subject(lambda: subject_from(make("cuda"), "large"), Settings(meta=True))
-    assert report.exit_code() == 0 and report.num_regions == 4
+    assert report.exit_code() == 0
+    assert report.num_regions == 4

@@ -37,7 +37,8 @@ def test_json_round_trip(report):
     assert replace(again, passes=()) == replace(report, passes=())  # seconds are rounded
     assert [p.name for p in again.passes] == ["pretend", "trace", "tape"]
     data = json.loads(to_json(report))
-    assert data["schema"] == 1 and {f["code"] for f in data["findings"]} == {"CG101", "CG102", "CG103"}
+    assert data["schema"] == 1
+    assert {f["code"] for f in data["findings"]} == {"CG101", "CG102", "CG103"}
     assert all(f["remedy"] and f["source"] and f["fingerprint"] for f in data["findings"])
 
 
@@ -172,7 +173,8 @@ def test_sarif_is_valid(report):
 def test_github_annotations_are_escaped_and_capped(report):
     lines = to_github(report, ROOT).splitlines()
     assert lines[0].startswith("::error file=tests/unit/check/test_reports.py,line=")
-    assert "%2C" not in lines[-1] and lines[-1].startswith("::notice title=ostinato check::")
+    assert "%2C" not in lines[-1]
+    assert lines[-1].startswith("::notice title=ostinato check::")
     assert all("\n" not in line for line in lines)
 
 
@@ -189,14 +191,17 @@ def test_html_is_one_file(report):
     page = to_html(report)
     parser = _Tags()
     parser.feed(page)
-    assert parser.links == [] and "<script" not in page
+    assert parser.links == []
+    assert "<script" not in page
     assert "log.append(f&quot;{x.sum()}&quot;)" in page
 
 
 def test_text_puts_the_first_fix_on_top_and_has_no_colour(report):
     text = to_text(report)
-    assert text.startswith("fix first") and "\x1b[" not in text
-    assert "errors in 4 calls" in text and "assumed: torch" in text
+    assert text.startswith("fix first")
+    assert "\x1b[" not in text
+    assert "errors in 4 calls" in text
+    assert "assumed: torch" in text
 
 
 def test_every_rule_has_its_section_with_before_and_after():

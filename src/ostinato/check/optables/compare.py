@@ -4,7 +4,8 @@
 
 Runs the samples of PyTorch's own OpInfo data base on the GPU and notes for every ATen operation whether the host waited
 in it. Prints operations that waited and are not in the table (missing), and operations that the table calls ``always``
-and that never waited (stale). Run it for each new torch release, and correct ``optables/<version>.json`` by hand: a
+and that never waited (stale). It needs the package ``expecttest``, which
+PyTorch's test helpers import. Run it for each new torch release, and correct ``optables/<version>.json`` by hand: a
 condition has to be understood before it is written down.
 """
 
@@ -61,10 +62,12 @@ def count_waits(num_samples: int, only: str) -> OpCounter:
     for info in op_db:
         if only not in info.name:
             continue
-        dtype = torch.float32 if torch.float32 in info.supported_dtypes("cuda") else torch.int64
-        if dtype not in info.supported_dtypes("cuda"):
+        dtypes = info.supported_dtypes("cuda")  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        dtype = torch.float32 if torch.float32 in dtypes else torch.int64
+        if dtype not in dtypes:
             continue
-        for number, sample in enumerate(info.sample_inputs("cuda", dtype)):
+        samples = info.sample_inputs("cuda", dtype)  # type: ignore[no-untyped-call]  # as above
+        for number, sample in enumerate(samples):
             if number >= num_samples:
                 break
             try:
@@ -91,7 +94,8 @@ def main() -> None:
     missing = {n: c for n, c in counter.waited.items() if c and n not in table.effects and not n.startswith(copies)}
     stale = [n for n, e in table.effects.items() if e.when == "always" and counter.ran[n] and not counter.waited[n]]
     print(
-        f"torch {torch.__version__}, {torch.cuda.get_device_name()}: {len(counter.ran)} operations, table {table.version}"
+        f"torch {torch.__version__}, {torch.cuda.get_device_name()}: {len(counter.ran)} operations; "
+        f"table {table.version}"
     )
     for name, count in sorted(missing.items()):
         print(f"missing: {name} waited in {count} of {counter.ran[name]} samples")

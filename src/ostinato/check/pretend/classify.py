@@ -152,7 +152,8 @@ def classify(
             world.report(
                 "WRONG_DEVICE",
                 Severity.HAZARD,
-                f"works on {', '.join(sorted(foreign))} while a stream of {world.region_device} captures: it is not in the graph",
+                f"works on {', '.join(sorted(foreign))} while a stream of {world.region_device} captures: "
+                "it is not in the graph",
                 name,
             )
     if not device_inputs:

@@ -1,4 +1,4 @@
-"""Leaves of the arguments of an operation. Faster than pytree for what PyTorch's operations take: tuples, lists, dicts."""
+"""Leaves of the arguments of an operation. Faster than pytree for tuples, lists and dicts."""
 
 from __future__ import annotations
 

@@ -103,12 +103,12 @@ def _device(world: World, func: Callable[..., Any], args: Args, kwargs: dict[str
     return func(*args, **kwargs) if found is None else found
 
 
-@_handles(_T.is_cuda.__get__)
+@_handles(_T.is_cuda.__get__)  # type: ignore[attr-defined]  # a getset descriptor, which the stubs call a bool
 def _is_cuda(world: World, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> bool:
     return world.on_device(args[0])
 
 
-@_handles(_T.is_cpu.__get__)
+@_handles(_T.is_cpu.__get__)  # type: ignore[attr-defined]  # as above
 def _is_cpu(world: World, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs) and not world.on_device(args[0])
 

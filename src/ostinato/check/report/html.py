@@ -12,7 +12,8 @@ from ostinato.check.rules import explain
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1b1f24;background:#fff}
-h1{font-size:1.4rem}h2{font-size:1.05rem;font-family:ui-monospace,monospace;border-bottom:1px solid #d0d7de;margin-top:2rem}
+h1{font-size:1.4rem}
+h2{font-size:1.05rem;font-family:ui-monospace,monospace;border-bottom:1px solid #d0d7de;margin-top:2rem}
 .f{border-left:4px solid #999;margin:1rem 0;padding:.3rem .9rem;background:#f6f8fa;border-radius:3px}
 .error{border-color:#cf222e}.hazard{border-color:#bf8700}.warning{border-color:#0969da}.info{border-color:#8c959f}
 pre{background:#fff;border:1px solid #d0d7de;padding:.5rem;overflow-x:auto;font-size:13px;margin:.4rem 0}
@@ -43,10 +44,13 @@ def _finding(finding: Finding) -> str:
         f'<div class="dim">suppressed: {escape(finding.suppressed)}</div>' if finding.suppressed is not None else ""
     )
     return (
-        f'<div class="f {finding.severity.label}{" suppressed" if hidden else ""}"><b>{finding.rule.code} {escape(finding.rule.title)}</b> '
-        f'<span class="dim">{finding.severity.label}, {finding.certainty.value}{count}{variant}</span><br>{escape(finding.message)}'
+        f'<div class="f {finding.severity.label}{" suppressed" if hidden else ""}">'
+        f"<b>{finding.rule.code} {escape(finding.rule.title)}</b> "
+        f'<span class="dim">{finding.severity.label}, {finding.certainty.value}{count}{variant}</span>'
+        f"<br>{escape(finding.message)}"
         f'{_excerpt(finding.where)}<div class="fix">→ {escape(finding.remedy)}</div>{hidden}'
-        f'<div class="dim">{escape(finding.op)}, found by {escape(finding.found_by)}; {escape(", ".join(finding.assumed))}{stack}</div>'
+        f'<div class="dim">{escape(finding.op)}, found by {escape(finding.found_by)}; '
+        f"{escape(', '.join(finding.assumed))}{stack}</div>"
         f"<details><summary>explain</summary><pre>{escape(explain(finding.rule.code))}</pre></details></div>"
     )
 

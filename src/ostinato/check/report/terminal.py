@@ -69,8 +69,9 @@ def print_report(report: Report, console: Console, *, show: Severity = Severity.
         console.print()
     if report.printed:
         num_lines = report.printed.count("\n") or 1
+        last = (report.printed.strip().splitlines() or [""])[-1][:120]
         console.print(
-            f"[dim]the checked code printed {num_lines} lines; the last: {escape(report.printed.strip().splitlines()[-1][:120])}[/dim]",
+            f"[dim]the checked code printed {num_lines} lines; the last: {escape(last)}[/dim]",
             soft_wrap=True,
         )
     for item in report.passes:

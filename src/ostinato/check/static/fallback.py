@@ -95,7 +95,10 @@ def scan_class(node: ast.ClassDef, file: str) -> list[Finding]:
         is_after = gone[1] > made[1] if gone[0] == made[0] else made[0] == "__init__" and gone[0] != "__init__"
         if is_after and method_name not in (gone[0], made[0]):
             where = Frame(file, line, method_name)
-            text = f"self.{name} is allocated at line {made[1]} and set to None at line {gone[1]}: this branch silently takes the other path"
+            text = (
+                f"self.{name} is allocated at line {made[1]} and set to None at line {gone[1]}: "
+                "this branch silently takes the other path"
+            )
             found.append(
                 Finding(
                     RULES["FALLBACK"], Severity.HAZARD, Certainty.SUSPECT, text, "source", where, "static", (where,)

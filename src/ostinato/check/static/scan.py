@@ -1,8 +1,8 @@
 """The static pass: one function at a time, over the syntax tree, with light dataflow.
 
-It runs nothing, so it also sees branches that no call reaches; and it knows only what the source says, so its findings
-are ``suspect`` (``likely`` where the value is a tensor for sure). Positions, caches, flags and optimizer state cannot be
-decided here: that is what ``pretend``, ``trace`` and ``tape`` are for.
+It runs nothing, so it also sees branches that no call reaches; and it knows only what the source says, so its
+findings are ``suspect`` (``likely`` where the value is a tensor for sure). Positions, caches, flags and optimizer state
+cannot be decided here: that is what ``pretend``, ``trace`` and ``tape`` are for.
 """
 
 from __future__ import annotations
