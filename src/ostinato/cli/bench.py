@@ -6,13 +6,13 @@ import dataclasses
 import json
 import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from ostinato import __version__
 from ostinato.cli import options
 from ostinato.cli.options import progress, size
 from ostinato.cli.plot import Line, line_chart
@@ -154,7 +154,7 @@ def _measure(
         model=opened.label,
         device=torch.cuda.get_device_name(loaded.device) if on_gpu else platform.processor() or platform.machine(),
         torch_version=torch.__version__,
-        ostinato_version=metadata.version("ostinato"),
+        ostinato_version=__version__,
         threads=None if on_gpu else torch.get_num_threads(),
         read_bandwidth=bandwidth,
         weight_bytes_per_token=loaded.model.bytes_per_token,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
+from ostinato import __version__
 from ostinato.errors import OstinatoError
 
 # command → (its module, what it does in one line)
@@ -69,7 +69,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"ostinato {metadata.version('ostinato')}")
+        typer.echo(f"ostinato {__version__}")
         raise typer.Exit
 
 

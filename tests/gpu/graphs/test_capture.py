@@ -103,7 +103,6 @@ def test_a_stateful_step_generates_what_eager_generates() -> None:
     step.close()
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_replays_neither_allocate_nor_synchronize() -> None:
     step, _, _ = _captured_decoder(2)
     torch.cuda.synchronize()
