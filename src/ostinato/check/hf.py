@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,10 +30,11 @@ _MAX_META_WINDOW = 8192
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to decode: the kind of cache, and how long the prompt before the steps is."""
+    """One way to decode: the kind of cache (``static``, ``dynamic``, or ``own``: the one that the model makes), and how
+    long the prompt before the steps is."""
 
     name: str
-    is_static: bool
+    kind: str
     prompt_length: int
 
 
@@ -115,22 +117,34 @@ def _window(config: Any) -> int | None:
 def _variants(config: Any, settings: Settings, cache: str) -> list[Variant]:
     found: list[Variant] = []
     if cache in ("all", "static"):
-        found.append(Variant("static cache", True, _PROMPT))
+        found.append(Variant("static cache", "static", _PROMPT))
         window = _window(config)
         if window is not None and window <= (_MAX_META_WINDOW if settings.meta else _MAX_WINDOW):
-            found.append(Variant("static cache, window full", True, window + 1))
+            found.append(Variant("static cache, window full", "static", window + 1))
     if cache in ("all", "dynamic"):
-        found.append(Variant("dynamic cache", False, _PROMPT))
+        found.append(Variant("dynamic cache", "dynamic", _PROMPT))
     if not found:
         raise UsageError(f"cache {cache!r}: use static, dynamic or all")
     return found
 
 
-def _make_cache(config: Any, model: torch.nn.Module, variant: Variant) -> Any:
+def _make_cache(config: Any, variant: Variant) -> Any:
     transformers = _transformers()
-    if variant.is_static:
+    if variant.kind == "static":
         return transformers.StaticCache(config=config, max_cache_len=variant.prompt_length + _NUM_STEPS + _MARGIN)
-    return transformers.DynamicCache(config=config)
+    return transformers.DynamicCache(config=config) if variant.kind == "dynamic" else None
+
+
+def _after_prompt(model: torch.nn.Module, config: Any, variant: Variant, name: str) -> Any:
+    """Run the prompt and return the cache that it filled. ``name`` is the cache's name in the model's forward."""
+    prompt = (torch.arange(variant.prompt_length, device="cuda") % config.get_text_config().vocab_size)[None]
+    past = _make_cache(config, variant)
+    with torch.no_grad():
+        output = model(input_ids=prompt, use_cache=True, **({} if past is None else {name: past}))
+    past = output.get(name) if past is None else past
+    if past is None:
+        raise ValueError(f"its output has no {name}")
+    return past
 
 
 def decode_subject(config: Any, dtype: torch.dtype | None, variant: Variant, *, is_meta: bool) -> Subject:
@@ -140,17 +154,18 @@ def decode_subject(config: Any, dtype: torch.dtype | None, variant: Variant, *, 
     """
     model = build_model(config, dtype, is_meta=is_meta)
     vocabulary = config.get_text_config().vocab_size
+    parameters = inspect.signature(model.forward).parameters
+    cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
+    takes_positions = "position_ids" in parameters
     try:
-        past = _make_cache(config, model, variant)
-        prompt = (torch.arange(variant.prompt_length, device="cuda") % vocabulary)[None]
-        with torch.no_grad():
-            model(input_ids=prompt, past_key_values=past, use_cache=True)
+        past = _after_prompt(model, config, variant, cache_name)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError, KeyError) as error:
         raise CheckError(f"the prompt does not run with a {variant.name}: {describe(error)}") from error
 
     def decode(input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
         with torch.no_grad():
-            return model(input_ids=input_ids, position_ids=position_ids, past_key_values=past, use_cache=True).logits
+            positions = {"position_ids": position_ids} if takes_positions else {}
+            return model(input_ids=input_ids, use_cache=True, **positions, **{cache_name: past}).logits
 
     calls = []
     for step in range(_NUM_META_STEPS if is_meta else _NUM_STEPS):
@@ -174,7 +189,10 @@ def check_hf(
     config = load_config(where)
     reports: list[tuple[str, Report]] = []
     refused: list[str] = []
-    for variant in _variants(config, settings, cache):
+    variants = _variants(config, settings, cache)
+    for variant in [*variants, Variant("own cache", "own", _PROMPT)]:
+        if variant.kind == "own" and (reports or cache != "all"):
+            continue
         try:
             reports.append(
                 (

@@ -14,7 +14,7 @@ import torch.cuda.graphs
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ostinato.check.finding import Certainty, Severity
-from ostinato.check.frames import asks_as_user
+from ostinato.check.frames import asks_as_user, caller_is_user
 from ostinato.check.pretend.generator import PretendGenerator
 from ostinato.check.pretend.graph import make_graph_classes
 from ostinato.check.pretend.streams import StreamContext, make_classes
@@ -268,6 +268,19 @@ def _patch_load(world: World, patches: Patches) -> None:
     patches.put(torch, "load", load)
 
 
+def _patch_storages(world: World, patches: Patches) -> None:
+    """Addresses can also be asked of a storage, which passes no mode."""
+    real = torch.UntypedStorage.data_ptr
+
+    def data_ptr(self: torch.UntypedStorage) -> int:
+        if world.watching and world.has_storage_on_device(self) and caller_is_user():
+            text = "Python reads an address, and the graph keeps the one of the capture"
+            world.report("DATA_PTR", Severity.HAZARD, text, "UntypedStorage.data_ptr")
+        return real(self)
+
+    patches.put(torch.UntypedStorage, "data_ptr", data_ptr)
+
+
 def _patch_triton(world: World, patches: Patches) -> None:
     """A Triton launch has no CPU kernel: it is opaque, and what it writes is not written."""
     runtime = sys.modules.get("triton.runtime.jit")
@@ -301,6 +314,7 @@ def pretended_cuda(world: World) -> Iterator[None]:
         _patch_grouping(world, patches)
         _patch_autocast(patches)
         _patch_load(world, patches)
+        _patch_storages(world, patches)
         _patch_triton(world, patches)
         if world.is_meta:
             _patch_fake_modules(world, patches)

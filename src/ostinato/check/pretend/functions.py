@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device as default_device
+from torch.utils._pytree import tree_map
 
 from ostinato.check.finding import Severity
 from ostinato.check.frames import caller_is_user
@@ -68,6 +69,11 @@ def _general(world: World, func: Callable[..., Any], args: Args, kwargs: dict[st
             Severity.ERROR,
             "this generator is not registered with the graph",
             getattr(func, "__name__", "generator"),
+        )
+    if any(isinstance(leaf, PretendGenerator) for leaf in leaves):
+        # The numbers come from the default generator, whose state the checker controls.
+        args, kwargs = tree_map(
+            lambda leaf: None if isinstance(leaf, PretendGenerator) else leaf, (tuple(args), kwargs)
         )
     placing = _explicit_placing(world, func, kwargs)
     if placing is None:
@@ -224,7 +230,16 @@ def _type_as(world: World, func: Callable[..., Any], args: Args, kwargs: dict[st
 
 @_handles(_T.__deepcopy__)
 def _deepcopy(world: World, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
-    device = world.device_of(args[0])
+    tensor, memo = args
+    if id(tensor) in memo:
+        return memo[id(tensor)]
+    device = world.device_of(tensor)
+    if world.watching and device is not None and type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        copied = tensor.detach().clone()  # an operation of the region, where the real one is a copy on the device
+        if isinstance(tensor, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, tensor.requires_grad)
+        memo[id(tensor)] = copied
+        return copied
     with world.mute():
         copied = func(*args, **kwargs)
     return world.put(copied, device)

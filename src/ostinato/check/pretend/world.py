@@ -150,6 +150,11 @@ class World:
         found = self._storages.get(key)
         return None if found is None or found.ref.is_dead else found.device
 
+    def has_storage_on_device(self, storage: torch.UntypedStorage) -> bool:
+        """Whether a storage pretends to be on a GPU."""
+        found = self._storages.get(int(storage._cdata))
+        return found is not None and not found.ref.is_dead and found.device is not None
+
     def on_device(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor pretends to be on a GPU."""
         return self.device_of(tensor) is not None
