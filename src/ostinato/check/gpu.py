@@ -28,6 +28,7 @@ from ostinato.check.session import RegionRaisedError, describe
 from ostinato.check.subject import Call, Subject
 from ostinato.check.tape import output_tensors
 from ostinato.errors import CheckError
+from ostinato.graphs.recovery import free_generators
 from ostinato.graphs.trace import OpTrace, Site, frozen_difference, split_of
 from ostinato.graphs.verify import StateSnapshot, compare_outputs, poison_
 
@@ -101,6 +102,7 @@ class _GpuRun:
         wanted = max(len(subject.calls), _NUM_WARMUP + 2 + _NUM_REPLAYS)
         self._calls = list(itertools.islice(itertools.cycle(subject.calls), wanted))
         self._graph = torch.cuda.CUDAGraph()
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._read_by_graph: dict[int, Site | None] = {}
 
     def detail(self) -> str:
@@ -158,7 +160,7 @@ class _GpuRun:
         args, kwargs = _cloned((call.args, dict(call.kwargs)))
         static = tensors((args, kwargs))
         outputs: Any = None
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated(self.device)
@@ -187,6 +189,7 @@ class _GpuRun:
 
     def _capture_failed(self, error: BaseException, index: int) -> None:
         torch.cuda.synchronize()
+        free_generators(self._stream)
         cause = root_cause(error)
         stack = raised_at(cause.__traceback__) or (error.stack if isinstance(error, RegionRaisedError) else ())
         known = {(f.where.file, f.where.line) for f in self.findings if f.severity is Severity.ERROR}
@@ -305,6 +308,7 @@ class OpByOp(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.failed: list[tuple[str, str, tuple[Frame, ...], str]] = []
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._num_tried = 0
         self._modules: list[str] = []
         self._hooks: list[Any] = []
@@ -342,6 +346,7 @@ class OpByOp(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
                     func(*args, **kwargs)
             except RuntimeError as error:
                 torch.cuda.synchronize()
+                free_generators(self._stream)
                 module = ".".join(self._modules)
                 self.failed.append((str(func), describe(root_cause(error)), user_stack(), module))
         return func(*args, **kwargs)

@@ -14,6 +14,7 @@ import torch
 from ostinato.errors import CaptureError, CaptureRefusedError, ReplayMismatchError
 from ostinato.graphs.callable import CapturedCallable, callable_name, into_outputs
 from ostinato.graphs.inputs import StaticInputs
+from ostinato.graphs.recovery import free_generators
 from ostinato.graphs.report import CaptureReport, Scratch, count_nodes
 from ostinato.graphs.rules import generator_key, remedy_for_error
 from ostinato.graphs.streams import GraphPool, cuda_device
@@ -219,23 +220,9 @@ class _Capture:
             try:
                 self.graph.capture_end()
             except RuntimeError as error:
-                self._free_generators()
+                free_generators(self.pool.stream.stream, self.registered)
                 return error
         return None
-
-    def _free_generators(self) -> None:
-        """A capture that CUDA ended leaves the generators believing that they are in it: end one well."""
-        graph, scratch = torch.cuda.CUDAGraph(), torch.zeros(1, device=self.device)
-        for generator in self.registered:
-            graph.register_generator_state(generator)
-        self.pool.stream.synchronize()
-        try:
-            graph.capture_begin(capture_error_mode="thread_local")
-            scratch.add_(1)
-            graph.capture_end()
-            graph.reset()
-        except RuntimeError as error:
-            _LOG.warning("%s: random generators may be unusable after the refused capture: %s", self.label, error)
 
     def _refuse_error(self, error: Exception | None) -> None:
         """Turns whatever ended the capture into the one error that names its cause."""
