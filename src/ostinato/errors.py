@@ -1,24 +1,24 @@
 """Every error that a user of Ostinato can meet.
 
-    OstinatoError                  one line: what was wrong, and what to do
-    ├── UsageError                 an argument or option that cannot be meant (exit code 2)
-    │   ├── SamplingError          a sampling parameter out of its range
-    │   └── DeviceError            the device that was asked for is not there
-    ├── ModelNotFoundError         MODEL is no file, directory, hub id or known name
-    ├── DownloadError              a download failed, was cut short, or has the wrong checksum
-    ├── ModelFileError             a file of the model cannot be used
-    │   ├── GGUFError              … a GGUF file: truncated, wrong magic, unknown type
-    │   ├── CheckpointError        … a Hugging Face directory: missing or extra tensors, a missing shard
-    │   └── TokenizerError         … its tokenizer or chat template
-    ├── UnsupportedModelError      an architecture, or a setting of one, that no model file here implements
-    ├── ContextLengthError         a prompt or request that is longer than the context
-    ├── MemoryBudgetError          weights, KV and buffers do not fit; says what would
-    ├── KernelError                an op was called with shapes, dtypes, devices or strides that it does not take
-    ├── CaptureError               a callable cannot be captured, or its replay would not equal eager
-    │   ├── CaptureRefusedError    capture failed: the operation, its source line, the remedy
-    │   ├── ReplayMismatchError    replay and eager differ on fresh inputs
-    │   └── StaleInputError        a replay was asked for with inputs that the graph would not read
-    └── CheckError                 the checker could not run what it was asked to check
+OstinatoError                  one line: what was wrong, and what to do
+├── UsageError                 an argument or option that cannot be meant (exit code 2)
+│   ├── SamplingError          a sampling parameter out of its range
+│   └── DeviceError            the device that was asked for is not there
+├── ModelNotFoundError         MODEL is no file, directory, hub id or known name
+├── DownloadError              a download failed, was cut short, or has the wrong checksum
+├── ModelFileError             a file of the model cannot be used
+│   ├── GGUFError              … a GGUF file: truncated, wrong magic, unknown type
+│   ├── CheckpointError        … a Hugging Face directory: missing or extra tensors, a missing shard
+│   └── TokenizerError         … its tokenizer or chat template
+├── UnsupportedModelError      an architecture, or a setting of one, that no model file here implements
+├── ContextLengthError         a prompt or request that is longer than the context
+├── MemoryBudgetError          weights, KV and buffers do not fit; says what would
+├── KernelError                an op was called with shapes, dtypes, devices or strides that it does not take
+├── CaptureError               a callable cannot be captured, or its replay would not equal eager
+│   ├── CaptureRefusedError    capture failed: the operation, its source line, the remedy
+│   ├── ReplayMismatchError    replay and eager differ on fresh inputs
+│   └── StaleInputError        a replay was asked for with inputs that the graph would not read
+└── CheckError                 the checker could not run what it was asked to check
 """
 
 from __future__ import annotations
