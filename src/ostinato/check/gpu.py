@@ -12,6 +12,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ostinato.check.finding import NOWHERE, Finding, Frame, Severity
-from ostinato.check.frames import raised_at, user_stack
+from ostinato.check.frames import raised_at, user_frame, user_stack
 from ostinato.check.gpu_watch import GpuWatch, finding, gpu_assumptions
 from ostinato.check.pretend.flatten import tensors
 from ostinato.check.pretend.storage import StorageRef
@@ -299,7 +300,14 @@ class DeviceTrace(OpTrace):  # type: ignore[no-untyped-call]  # torch leaves it 
         inputs = tensors((args, dict(kwargs or {})))
         if not any(t.is_cuda for t in inputs) and (named is None or torch.device(named).type != "cuda"):
             return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        known = set(self.externals)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        frame = user_frame()  # the trace itself would name this function: it stands outside of its package
+        site = Site(frame.file, frame.line, frame.function)
+        self.records[-1] = replace(self.records[-1], site=site)
+        for key in self.externals.keys() - known:
+            self.externals[key].site = site
+        return result
 
 
 class OpByOp(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

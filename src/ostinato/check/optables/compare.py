@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -54,14 +55,21 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         return result
 
 
-def count_waits(num_samples: int, only: str) -> OpCounter:
-    """Run the samples on the current CUDA device. Samples that raise are left out: OpInfo has some on purpose."""
+def count_waits(num_samples: int, only: str, limit_s: float) -> OpCounter:
+    """Run the samples on the current CUDA device, for at most ``limit_s`` seconds.
+
+    Samples that raise are left out: OpInfo has some on purpose.
+    """
+    end = time.monotonic() + limit_s
     counter = OpCounter()
     HostWaits.register()
     HostWaits.watcher = counter
     for info in op_db:
         if only not in info.name:
             continue
+        if time.monotonic() > end:
+            print(f"stopped at {info.name}: the time limit", file=sys.stderr)
+            break
         dtypes = info.supported_dtypes("cuda")  # type: ignore[no-untyped-call]  # torch leaves it untyped
         dtype = torch.float32 if torch.float32 in dtypes else torch.int64
         if dtype not in dtypes:
@@ -85,10 +93,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the op table with this GPU.")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--only", default="")
+    parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    counter = count_waits(options.samples, options.only)
+    counter = count_waits(options.samples, options.only, options.seconds)
     table = load_table()
     copies = ("aten._to_copy", "aten.copy_", "aten.index", "aten._index_put_impl_")
     missing = {n: c for n, c in counter.waited.items() if c and n not in table.effects and not n.startswith(copies)}
