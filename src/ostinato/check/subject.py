@@ -14,7 +14,8 @@ import torch
 from ostinato.check.pretend.world import World
 from ostinato.errors import UsageError
 
-_MAX_DEPTH = 8
+_MAX_DEPTH = 40
+_MAX_OBJECTS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def adopt(world: World, subject: Subject) -> int:
             count += 1
 
     def visit(value: Any, depth: int, is_free: bool) -> None:
-        if id(value) in seen or depth > _MAX_DEPTH:
+        if id(value) in seen or depth > _MAX_DEPTH or len(seen) > _MAX_OBJECTS:
             return
         seen[id(value)] = value
         if isinstance(value, torch.Tensor):
@@ -108,14 +109,26 @@ def adopt(world: World, subject: Subject) -> int:
                 item = value.__globals__.get(name)
                 if isinstance(item, torch.Tensor | torch.nn.Module):
                     visit(item, depth + 1, is_free=True)
-        elif not isinstance(value, type | types.ModuleType) and "__dict__" in dir(value):
-            visit(vars(value), depth + 1, is_free)
+        elif not isinstance(value, type | types.ModuleType | str | bytes | int | float | torch.device | torch.dtype):
+            for item in _attributes(value):
+                visit(item, depth + 1, is_free)
 
     for call in subject.calls:
         visit((call.args, dict(call.kwargs)), 0, is_free=False)
     visit(dict(subject.static), 0, is_free=False)
     visit(subject.fn, 0, is_free=True)
     return count
+
+
+def _attributes(value: Any) -> list[Any]:
+    """What an object keeps, in its ``__dict__`` and in its slots."""
+    found = list(value.__dict__.values()) if "__dict__" in dir(value) else []
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and name in dir(value):
+                found.append(getattr(value, name, None))
+    return found
 
 
 def _cell_contents(cell: types.CellType) -> Any:
