@@ -134,13 +134,14 @@ def _measure(
         for rows in batches:
             for graph in ways:
                 _note(f"decode: context {depth}, batch {rows}, {_way(graph)}")
+                brief = on_gpu and not graph  # eager is tens of times slower, and only its size is of interest
                 decode.append(
                     measure_decode(
                         loaded,
                         context=depth,
                         batch=rows,
-                        new_tokens=new,
-                        repeats=repeats,
+                        new_tokens=min(new, 16) if brief else new,
+                        repeats=min(repeats, 2) if brief else repeats,
                         bandwidth=bandwidth,
                         graph=graph,
                         temperature=temperature,

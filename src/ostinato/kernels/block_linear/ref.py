@@ -6,7 +6,7 @@ import torch
 
 from ostinato.kernels.gated.ref import gated_activation_ref
 from ostinato.kernels.rms_norm.ref import GROUP, quantize_rows_ref, rms_norm_ref
-from ostinato.quant.blocks import BlockWeight, dequantize, quants, scales
+from ostinato.quant.blocks import BlockWeight, dequantize
 
 
 def block_linear_ref(
@@ -35,23 +35,16 @@ def block_linear_int8_ref(
     residual: torch.Tensor | None = None,
     gated: str | None = None,
     out_dtype: torch.dtype | None = None,
+    group: int = GROUP,
 ) -> torch.Tensor:
-    """``block_linear`` with activations rounded to int8 in groups of 32, as the kernel for few rows does it.
+    """``block_linear`` with activations rounded to int8, ``group`` columns to a scale, as the kernels for few rows do.
 
-    Products within a group are exact integers; the sums over groups are taken in float64.
+    The streamed and the batched kernel share a scale among 32 columns, the resident one among 4. Sums are float64.
     """
     wide = x.float() if norm is None else rms_norm_ref(x, norm, eps, torch.float32)
-    quantized, x_scale = quantize_rows_ref(wide)
-    group = weight.kind.group
-    columns = x.shape[1]
-    by_group = quantized.view(x.shape[0], columns // group, group).double()
-    stored = (quants(weight).to(torch.int16) - weight.kind.offset).view(-1, columns // group, group).double()
-    scale, minimum = scales(weight)
-    products = torch.einsum("mgi,ngi->mng", by_group, stored) * scale.double()
-    if minimum is not None:
-        products += by_group.sum(-1)[:, None, :] * minimum.double()
-    spread = x_scale.double().repeat_interleave(GROUP // group, dim=1)
-    total = (products * spread[:, None, :]).sum(-1).float()
+    quantized, scale = quantize_rows_ref(wide, group)
+    rounded = quantized.double() * scale.double().repeat_interleave(group, dim=1)
+    total = (rounded @ dequantize(weight).double().T).float()
     return finish(total, bias, residual, gated, out_dtype or default_dtype(x, residual))
 
 

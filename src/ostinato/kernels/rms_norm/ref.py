@@ -13,12 +13,12 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float, out_dtype: t
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(out_dtype)
 
 
-def quantize_rows_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] as int8 [M, K] and float32 scales [M, K/32]: scale = max|x| / 127, q = x / scale to the nearest even.
+def quantize_rows_ref(x: torch.Tensor, group: int = GROUP) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] as int8 [M, K] and float32 scales [M, K/group]: scale = max|x| / 127, q = x / scale to the nearest even.
 
     A group of zeros has scale 0.
     """
-    grouped = x.float().reshape(*x.shape[:-1], -1, GROUP)
+    grouped = x.float().reshape(*x.shape[:-1], -1, group)
     largest = grouped.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > 0, 127.0 / largest, torch.zeros_like(largest))
     quantized = torch.round(grouped * inverse).to(torch.int8)

@@ -407,9 +407,7 @@ def _bits(value):
 
 
 @triton.jit
-def _top_logprobs(
-    logits, b, V, stats, normalizer, wanted, entry, stamp, NC, NCP: tl.constexpr, CHUNK: tl.constexpr
-):
+def _top_logprobs(logits, b, V, stats, normalizer, wanted, entry, stamp, NC, NCP: tl.constexpr, CHUNK: tl.constexpr):
     """The ``wanted`` largest logits in order, ties by index: each time from the chunk that holds the largest left."""
     c = tl.arange(0, NCP)
     left = tl.load(stats + (b * NC + c) * 6 + 3, mask=c < NC, other=float("-inf"))

@@ -194,19 +194,20 @@ def load_pair(
 
 
 @triton.jit
-def pair_sums(tile, x_lower, x_upper, x_scale, sum_lower, sum_upper, GROUP: tl.constexpr, SUMS: tl.constexpr):
-    """The sums over all columns of a tile's products: float32 [ROWS, BN]."""
+def pair_sums(
+    tile, x_lower, x_upper, scale_lower, scale_upper, sum_lower, sum_upper, GROUP: tl.constexpr, SUMS: tl.constexpr
+):
+    """The sums over all columns of a tile's products: float32 [ROWS, BN]. Each quad of x has a scale of its own."""
     shape: tl.constexpr = (x_lower.shape[0], tile[0].shape[1], tile[0].shape[2], 4)
     zero = tl.zeros(shape, tl.int32)
-    first = dp4a(tl.broadcast_to(tile[0], shape), tl.broadcast_to(x_lower, shape), zero)
+    first = dp4a(tl.broadcast_to(tile[0], shape), tl.broadcast_to(x_lower, shape), zero).to(tl.float32) * scale_lower
+    second = dp4a(tl.broadcast_to(tile[1], shape), tl.broadcast_to(x_upper, shape), zero).to(tl.float32) * scale_upper
     if GROUP == 32:
-        both = dp4a(tl.broadcast_to(tile[1], shape), tl.broadcast_to(x_upper, shape), first)
-        total = both.to(tl.float32) * (tile[2] * x_scale)
+        total = (first + second) * tile[2]
         if SUMS:
             total += tile[3] * (sum_lower + sum_upper)
     else:
-        second = dp4a(tl.broadcast_to(tile[1], shape), tl.broadcast_to(x_upper, shape), zero)
-        total = (first.to(tl.float32) * tile[2] + second.to(tl.float32) * tile[4]) * x_scale
+        total = first * tile[2] + second * tile[4]
         if SUMS:
             total += tile[3] * sum_lower + tile[5] * sum_upper
     return tl.sum(tl.sum(total, 3), 2)
@@ -247,19 +248,19 @@ def _resident_kernel(
         squares = (v0 * v0 + v1 * v1 + v2 * v2 + v3 * v3) + (v4 * v4 + v5 * v5 + v6 * v6 + v7 * v7)
         v0, v1, v2, v3 = v0 * p0, v1 * p1, v2 * p2, v3 * p3
         v4, v5, v6, v7 = v4 * p4, v5 * p5, v6 * p6, v7 * p7
+    # A thread holds whole quads, so a scale for each costs no exchange between threads and halves the error of int8.
     low = tl.maximum(tl.maximum(tl.abs(v0), tl.abs(v1)), tl.maximum(tl.abs(v2), tl.abs(v3)))
     upp = tl.maximum(tl.maximum(tl.abs(v4), tl.abs(v5)), tl.maximum(tl.abs(v6), tl.abs(v7)))
-    largest = tl.max(tl.maximum(low, upp), 3, keep_dims=True) + tl.zeros_like(low)
-    inverse = 127.0 / tl.maximum(largest, 1e-30)
-    x_lower = quantize_quad(v0, v1, v2, v3, inverse)
-    x_upper = quantize_quad(v4, v5, v6, v7, inverse)
-    x_scale = largest * (1.0 / 127.0)
-    sum_lower = x_scale
-    sum_upper = x_scale
+    x_lower = quantize_quad(v0, v1, v2, v3, 127.0 / tl.maximum(low, 1e-30))
+    x_upper = quantize_quad(v4, v5, v6, v7, 127.0 / tl.maximum(upp, 1e-30))
+    scale_lower = low * (1.0 / 127.0)
+    scale_upper = upp * (1.0 / 127.0)
+    sum_lower = scale_lower
+    sum_upper = scale_upper
     if SUMS:
         ones = tl.full(x_lower.shape, 0x01010101, tl.int32)
-        sum_lower = dp4a(x_lower, ones, tl.zeros_like(x_lower)).to(tl.float32) * x_scale
-        sum_upper = dp4a(x_upper, ones, tl.zeros_like(x_upper)).to(tl.float32) * x_scale
+        sum_lower = dp4a(x_lower, ones, tl.zeros_like(x_lower)).to(tl.float32) * scale_lower
+        sum_upper = dp4a(x_upper, ones, tl.zeros_like(x_upper)).to(tl.float32) * scale_upper
     flat = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     for i in range(TILES):
         n = start + i * BN + tl.arange(0, BN)[None, :]
@@ -274,14 +275,14 @@ def _resident_kernel(
                 next_twin = load_pair(
                     words, high, d, m, sub_d, sub_m, rows + N, g, j, KG, BITS, GROUP, SUPER, OFFSET, MIN_SIGN
                 )
-        y = pair_sums(tile, x_lower, x_upper, x_scale, sum_lower, sum_upper, GROUP, SUMS)
+        y = pair_sums(tile, x_lower, x_upper, scale_lower, scale_upper, sum_lower, sum_upper, GROUP, SUMS)
         if NORM:
             root = tl.rsqrt(tl.sum(tl.sum(squares, 3), 2) / K + eps)
             y *= root
         if BIAS:
             y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
         if GATE is not None:
-            up = pair_sums(twin, x_lower, x_upper, x_scale, sum_lower, sum_upper, GROUP, SUMS)
+            up = pair_sums(twin, x_lower, x_upper, scale_lower, scale_upper, sum_lower, sum_upper, GROUP, SUMS)
             if NORM:
                 up *= root
             if BIAS:
