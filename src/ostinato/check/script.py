@@ -14,6 +14,7 @@ import itertools
 import os
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from ostinato.check.finding import NOWHERE, Certainty, Finding, Frame, Severity
 from ostinato.check.frames import is_folded, raised_at
 from ostinato.check.op_table import load_table
 from ostinato.check.pretend import World, pretence
+from ostinato.check.pretend.flatten import tensors
 from ostinato.check.record import Recorder
 from ostinato.check.result import PassRun, Report, sorted_findings
 from ostinato.check.rules import RULES
@@ -45,7 +47,8 @@ class _Capture:
     code: CodeType | None
     recorder: Recorder
     body: CodeType | None = None
-    names: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    space: dict[str, Any] = field(default_factory=dict)
     tape: Tape | None = None
     num_replays: int = 0
     hazards: list[Difference] = field(default_factory=list)
@@ -107,7 +110,7 @@ class ScriptWatcher:
             frame.f_code if frame is not None else None, Recorder(self.world, keep=not self.settings.meta)
         )
         if frame is not None:
-            capture.body, capture.names = _with_body(frame.f_code.co_filename, frame.f_lineno)
+            capture.body, capture.targets = _with_body(frame.f_code.co_filename, frame.f_lineno)
         self.captures[id(graph)] = capture
         self.world.recorder = capture.recorder
 
@@ -119,7 +122,11 @@ class ScriptWatcher:
         if self.settings.meta:
             return
         frame = _running(capture.code)
-        values = {name: {**frame.f_globals, **frame.f_locals}.get(name) for name in capture.names} if frame else {}
+        space = {**frame.f_globals, **frame.f_locals} if frame is not None else {}
+        values = _values(capture.targets, space)
+        if frame is not None and frame.f_code.co_name != "<module>":
+            capture.space = {"": frame.f_globals, **_weakly(frame.f_locals)}
+        del space, frame
         capture.tape = Tape(self.world, capture.recorder, [], values)
         capture.tape.restore()
         capture.tape.poison()
@@ -139,20 +146,21 @@ class ScriptWatcher:
         capture.num_replays += 1
         rng = torch.default_generator.get_state()
         frame = _running(capture.code)
-        if capture.num_replays <= _MAX_COMPARED_REPLAYS and capture.body is not None and frame is not None:
-            self._compare(capture, capture.body, frame, tape)
+        space = {**frame.f_globals, **frame.f_locals} if frame is not None else _alive(capture.space)
         del frame
+        if capture.num_replays <= _MAX_COMPARED_REPLAYS and capture.body is not None and space:
+            self._compare(capture, capture.body, space, tape)
         torch.default_generator.set_state(rng)
         try:
             tape.replay()
         except CheckError as error:
             self._hazard("REPLAY_DIFFERS", str(error), "replay", _where(capture), "tape")
 
-    def _compare(self, capture: _Capture, body: CodeType, frame: FrameType, tape: Tape) -> None:
+    def _compare(self, capture: _Capture, body: CodeType, space: dict[str, Any], tape: Tape) -> None:
         """Run the body as eager code, on the state that the replay will see, and compare."""
         world = self.world
         state = tape.save()
-        space = {**frame.f_globals, **frame.f_locals}
+        kept = _attributes(capture.targets, space)
         recorder = Recorder(world)
         world.call += 1
         world.recorder = recorder
@@ -160,6 +168,7 @@ class ScriptWatcher:
         try:
             with world.region(), world.hush():
                 exec(body, space)
+            eager = _values(capture.targets, space)
         except (Exception, SystemExit) as error:
             self.notes.append(f"the body of the capture could not be run again: {describe(error)}")
             tape.load(state)
@@ -167,10 +176,11 @@ class ScriptWatcher:
             return
         finally:
             world.recorder = None
+            for owner, name, value in kept:
+                setattr(owner, name, value)
         for difference in compare_calls(capture.recorder, recorder):
             if difference not in capture.hazards:
                 capture.hazards.append(difference)
-        eager = {name: space.get(name) for name in capture.names}
         mismatch = compare_with_eager(tape, eager, state, [], capture.num_replays, capture.num_replays)
         if mismatch is not None and not capture.hazards:
             self._hazard(
@@ -247,8 +257,59 @@ def _with_body(file: str, line: int) -> tuple[CodeType | None, tuple[str, ...]]:
     inner = [n for statement in node.body for n in ast.walk(statement)]
     if any(isinstance(n, ast.Return | ast.Yield | ast.YieldFrom | ast.Break | ast.Continue | ast.Await) for n in inner):
         return None, ()
-    names = tuple(sorted({n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}))
-    return compile(ast.Module(body=node.body, type_ignores=[]), file, "exec"), names
+    targets = {
+        ast.unparse(n) for n in inner if isinstance(n, ast.Name | ast.Attribute) and isinstance(n.ctx, ast.Store)
+    }
+    return compile(ast.Module(body=node.body, type_ignores=[]), file, "exec"), tuple(sorted(targets))
+
+
+def _values(targets: tuple[str, ...], space: dict[str, Any]) -> dict[str, Any]:
+    """What the names and attributes that a body assigns to hold; those that it never assigned are left out."""
+    found: dict[str, Any] = {}
+    for target in targets:
+        with contextlib.suppress(NameError, AttributeError):
+            found[target] = eval(target, dict(space))
+    return found
+
+
+def _attributes(targets: tuple[str, ...], space: dict[str, Any]) -> list[tuple[Any, str, Any]]:
+    """Owner, name and value of the attributes among the targets: running the body again must not rebind them."""
+    found: list[tuple[Any, str, Any]] = []
+    for target in targets:
+        owner, dot, name = target.rpartition(".")
+        if dot:
+            with contextlib.suppress(NameError, AttributeError):
+                holder = eval(owner, dict(space))
+                found.append((holder, name, getattr(holder, name)))
+    return found
+
+
+def _weakly(local: dict[str, Any]) -> dict[str, Any]:
+    """A function's variables, so that nothing is kept alive that the script frees: tensors by weak reference, and no
+    containers of tensors."""
+    found: dict[str, Any] = {}
+    for name, value in local.items():
+        if isinstance(value, torch.Tensor):
+            found[name] = weakref.ref(value)
+        elif not isinstance(value, list | tuple | dict | set) or not tensors(
+            list(value) if isinstance(value, set) else value
+        ):
+            found[name] = value
+    return found
+
+
+def _alive(space: dict[str, Any]) -> dict[str, Any]:
+    """The variables again, with the globals as they are now; nothing if a tensor has been freed."""
+    if not space:
+        return {}
+    found: dict[str, Any] = dict(space[""])
+    for name, value in space.items():
+        if name == "":
+            continue
+        found[name] = value() if isinstance(value, weakref.ref) else value
+        if isinstance(value, weakref.ref) and found[name] is None:
+            return {}
+    return found
 
 
 def check_script(path: Path, arguments: list[str], settings: Settings, progress: Progress) -> Report:
