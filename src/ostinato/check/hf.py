@@ -26,6 +26,7 @@ _NUM_META_STEPS = 4
 _MARGIN = 16
 _MAX_WINDOW = 512
 _MAX_META_WINDOW = 8192
+_MAX_WEIGHT_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def _model_class(config: Any) -> Any:
     transformers = _transformers()
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
-        if found is not None and hasattr(found, "generate"):
+        if found is not None and issubclass(found, transformers.GenerationMixin):
             return found
     mapping = transformers.AutoModelForCausalLM._model_mapping
     if type(config) in mapping:
@@ -107,6 +108,18 @@ def build_model(config: Any, dtype: torch.dtype | None, *, is_meta: bool) -> tor
         torch.set_default_dtype(before)
     built: torch.nn.Module = model.to(device="cuda", dtype=wanted).eval()
     return built
+
+
+def refuse_if_large(config: Any, dtype: torch.dtype) -> None:
+    """Raise UsageError if the weights would need more than 4 GiB: that is what ``--meta`` is for."""
+    with torch.device("meta"), importlib.import_module("transformers.initialization").no_init_weights():
+        model = _model_class(config)(config)
+    num_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if num_bytes > _MAX_WEIGHT_BYTES:
+        raise UsageError(
+            f"random weights of this config need {num_bytes / (1 << 30):.1f} GiB as {dtype}: "
+            "check it with --meta, or make the config smaller"
+        )
 
 
 def _window(config: Any) -> int | None:
@@ -187,6 +200,8 @@ def check_hf(
     A kind of cache that the model does not run with becomes a note. Raises CheckError if none runs.
     """
     config = load_config(where)
+    if not settings.meta:
+        refuse_if_large(config, wanted_dtype(config, dtype, is_meta=False))
     reports: list[tuple[str, Report]] = []
     refused: list[str] = []
     variants = _variants(config, settings, cache)

@@ -167,10 +167,10 @@ class ScriptWatcher:
         torch.default_generator.manual_seed(capture.num_replays)
         try:
             with world.region(), world.hush():
-                exec(body, space)
+                _execute(body, space)
             eager = _values(capture.targets, space)
-        except (Exception, SystemExit) as error:
-            self.notes.append(f"the body of the capture could not be run again: {describe(error)}")
+        except CheckedCodeError as error:
+            self.notes.append(f"the body of the capture could not be run again: {error}")
             tape.load(state)
             capture.body = None
             return
@@ -222,6 +222,23 @@ class ScriptWatcher:
         for difference in differences:
             self._hazard(difference.rule, difference.message, difference.op, difference.where, "trace")
         return found + self.findings
+
+
+class CheckedCodeError(CheckError):
+    """The script's own code raised, or asked to exit; the cause is in ``__cause__``."""
+
+    def __init__(self, cause: BaseException) -> None:
+        stack = raised_at(cause.__traceback__)
+        place = f" at {stack[0].file}:{stack[0].line}" if stack else ""
+        super().__init__(f"{describe(cause)}{place}")
+        self.is_normal_exit = isinstance(cause, SystemExit) and cause.code in (None, 0)
+
+
+def _execute(code: CodeType, space: dict[str, Any]) -> None:
+    try:
+        exec(code, space)
+    except (Exception, SystemExit) as error:
+        raise CheckedCodeError(error) from error
 
 
 def _where(capture: _Capture) -> Frame:
@@ -331,14 +348,9 @@ def check_script(path: Path, arguments: list[str], settings: Settings, progress:
         sys.argv, sys.modules["__main__"] = [str(path), *arguments], module
         sys.path.insert(0, os.path.dirname(module.__file__))
         try:
-            exec(code, module.__dict__)
-        except SystemExit as error:
-            if error.code not in (None, 0):
-                partial = f"the script ended with exit code {error.code}"
-        except Exception as error:
-            at = raised_at(error.__traceback__)
-            place = f" at {at[0].file}:{at[0].line}" if at else ""
-            partial = f"the script raised {describe(error)}{place}"
+            _execute(code, module.__dict__)
+        except CheckedCodeError as error:
+            partial = "" if error.is_normal_exit else f"the script ended with {error}"
         finally:
             sys.argv, sys.modules["__main__"] = saved_argv, saved_main
             sys.path.remove(os.path.dirname(module.__file__))

@@ -88,6 +88,11 @@ def test_configs_that_cannot_be_meant(run, config, text):
         run(config)
 
 
+def test_full_size_without_meta_is_refused():
+    with pytest.raises(UsageError, match="check it with --meta"):
+        check_hf("llama", Settings(), Progress())
+
+
 def test_no_config():
     with pytest.raises(UsageError, match="no config at"):
         check_hf("/nowhere/at/all", Settings(), Progress())

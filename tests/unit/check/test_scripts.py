@@ -83,8 +83,8 @@ def test_region_does_nothing_outside_of_a_check():
 @pytest.mark.parametrize(
     ("text", "partial"),
     [
-        ("import torch\nraise KeyError('gone')\n", "the script raised KeyError"),
-        ("import sys\nsys.exit(4)\n", "exit code 4"),
+        ("import torch\nraise KeyError('gone')\n", "the script ended with KeyError"),
+        ("import sys\nsys.exit(4)\n", "SystemExit: 4"),
     ],
 )
 def test_scripts_that_end_early(tmp_path, text, partial):
