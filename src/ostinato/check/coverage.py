@@ -51,12 +51,16 @@ class LinesRun:
 
     def branches_not_reached(self) -> list[Frame]:
         """The first line of each branch that did not run, in functions that did."""
-        found: list[Frame] = []
+        found: dict[
+            tuple[str, int], Frame
+        ] = {}  # a nested function's branches are also its outer one's: the inner wins
         for file, lines in sorted(self.lines.items()):
             for function, start, branches in function_branches(file):
                 if start & lines:
-                    found.extend(Frame(file, first, function) for first, body in branches if not body & lines)
-        return found
+                    found |= {
+                        (file, first): Frame(file, first, function) for first, body in branches if not body & lines
+                    }
+        return list(found.values())
 
     def functions_run(self, file: str) -> set[int]:
         """Every line of a file that belongs to a function that ran."""
