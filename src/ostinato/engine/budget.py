@@ -24,7 +24,7 @@ _MAX_DEFAULT_CONTEXT = 32768
 class MemoryBudget:
     """Bytes that a model needs on its device.
 
-    free_bytes: what was free there before loading. page_size: tokens of a KV page.
+    free_bytes: what was free there before loading. page_size: tokens of a KV page. num_dummies: pages of no sequence.
     """
 
     weight_bytes: int
@@ -35,11 +35,12 @@ class MemoryBudget:
     context: int
     num_slots: int
     page_size: int
+    num_dummies: int
 
     @property
     def kv_bytes(self) -> int:
-        """Whole pages for every slot, and the dummy page."""
-        pages = 1 + self.num_slots * -(-self.context // self.page_size)
+        """Whole pages for every slot, and the dummy pages."""
+        pages = self.num_dummies + self.num_slots * -(-self.context // self.page_size)
         return self.kv_bytes_per_token * self.page_size * pages
 
     @property
@@ -76,10 +77,14 @@ def plan_memory(
     sampler = 8 * family.vocab_size * num_slots
     room = free_bytes - weights - sampler - _SCRATCH_BYTES
     tokens = max(room, 0) // per_token
-    fits = tokens // (num_slots + 1) if page_size is None else (tokens // page_size - 1) // num_slots * page_size
+    dummies = 1 if page_size is None else num_slots
+    if page_size is None:
+        fits = tokens // (num_slots + dummies)
+    else:
+        fits = max(tokens // page_size - dummies, 0) // num_slots * page_size
     wanted = context if context is not None else min(family.max_context, _MAX_DEFAULT_CONTEXT, fits)
     budget = MemoryBudget(
-        weights, per_token, sampler, _SCRATCH_BYTES, free_bytes, wanted, num_slots, page_size or max(wanted, 1)
+        weights, per_token, sampler, _SCRATCH_BYTES, free_bytes, wanted, num_slots, page_size or max(wanted, 1), dummies
     )
     if room <= 0:
         raise MemoryBudgetError(

@@ -193,21 +193,21 @@ class Runner:
         return host.pin_memory().to(self.device, non_blocking=True)
 
     def _step_state(self) -> list[torch.Tensor]:
-        """What a step writes besides its buffers. Verification sends all KV to page 0."""
-        pages = [t[:1] for layer in self.kv.layers for t in (layer.k, layer.v)]
+        """What a step writes besides its buffers. Verification sends all KV to the dummy pages."""
+        pages = [t[: self.kv.num_dummies] for layer in self.kv.layers for t in (layer.k, layer.v)]
         return [*pages, *self.sampler.buffers.tensors()]
 
     def _fresh_inputs(self, index: int) -> None:
         """Active rows with other tokens, positions and random numbers for verification replay ``index``.
 
-        Every row gets the dummy page, since the others may hold the KV of running sequences; and the same token and
-        position, since rows that share a page would otherwise write over each other in no certain order.
+        Every row gets its dummy page, since the others may hold the KV of running sequences.
         """
         generator = torch.Generator().manual_seed(index)
-        token = int(torch.randint(self.model.vocab_size, (), generator=generator))
-        self.buffers.fill("tokens", token)
-        self.buffers.fill("positions", (5 * index + 3) % self.kv.page_size)
-        self.buffers.fill("page_table", 0)
+        slots = torch.arange(self.num_slots, dtype=torch.int32)
+        tokens = torch.randint(self.model.vocab_size, (self.num_slots,), generator=generator, dtype=torch.int32)
+        self.buffers.fill("tokens", tokens)
+        self.buffers.fill("positions", (5 * index + 3 + slots) % self.kv.page_size)
+        self.buffers.fill("page_table", self.kv.dummy_table())
         self.buffers.fill("active", 1)
         self.buffers.fill("remaining", 1000)
 

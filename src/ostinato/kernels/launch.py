@@ -39,9 +39,16 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 _WITH_PDL = {"PDL": True, "launch_pdl": True}
+_FIRST = {"PDL": True}
 _WITHOUT_PDL = {"PDL": False}
 
 
-def launch_options(device: torch.device) -> dict[str, bool]:
-    """Keyword arguments for every kernel launch: the constexpr ``PDL`` and, on 9.0 and later, ``launch_pdl``."""
-    return _WITH_PDL if capability(device) >= (9, 0) else _WITHOUT_PDL
+def launch_options(device: torch.device, *, first: bool = False) -> dict[str, bool]:
+    """Keyword arguments for every kernel launch: the constexpr ``PDL`` and, on 9.0 and later, ``launch_pdl``.
+
+    first: the kernel begins a step. It starts when everything before it is done, so that what follows it may read ahead
+    of its own wait what only earlier steps have written.
+    """
+    if capability(device) < (9, 0):
+        return _WITHOUT_PDL
+    return _FIRST if first else _WITH_PDL

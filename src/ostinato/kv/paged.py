@@ -1,7 +1,9 @@
 """Paged KV for full and windowed attention: pages on the device, one page table, a host-side allocator.
 
-Page 0 belongs to nobody. Dummy slots, finished slots that run on for a step or two, and the column past the end of
-every page table point at it, so a step may always write where its position says.
+The first pages belong to nobody: each slot has a dummy page. Idle slots, finished slots that run on for a step or two,
+and the column past the end of every page table point at it, so a step may always write where its position says. On a
+GPU the rows of a step run at the same time, so no two of them share a dummy page; on the CPU, where a page is a whole
+context and rows run in turn, all share one.
 """
 
 from __future__ import annotations
@@ -34,6 +36,11 @@ class LayerKV:
     page_table: torch.Tensor
 
 
+def num_dummies(num_slots: int, device: torch.device) -> int:
+    """Pages that a PagedKV sets aside."""
+    return num_slots if device.type == "cuda" else 1
+
+
 class PagedKV:
     """The KV of all layers of a model for ``num_slots`` sequences of at most ``context`` tokens.
 
@@ -53,10 +60,12 @@ class PagedKV:
     ) -> None:
         self.context = context
         self.page_size = page_size
+        self._num_slots = num_slots
         self.pages_per_slot = -(-context // page_size)
-        self.num_pages = 1 + num_slots * self.pages_per_slot
+        self.num_dummies = num_dummies(num_slots, device)
+        self.num_pages = self.num_dummies + num_slots * self.pages_per_slot
         self.dtype = dtype
-        self.page_table = torch.zeros(num_slots, self.pages_per_slot + 1, dtype=torch.int32, device=device)
+        self.page_table = self.dummy_table().to(device)
 
         def storage(spec: KVSpec) -> torch.Tensor:
             shape = (self.num_pages, spec.num_kv_heads, page_size, spec.head_dim)
@@ -64,8 +73,13 @@ class PagedKV:
 
         self.layers = tuple(LayerKV(storage(s), storage(s), self.page_table) for s in specs)
         # Lowest pages first, so that a lone sequence lies in one run of memory.
-        self._free = list(range(self.num_pages - 1, 0, -1))
+        self._free = list(range(self.num_pages - 1, self.num_dummies - 1, -1))
         self._owned: list[list[int]] = [[] for _ in range(num_slots)]
+
+    def dummy_table(self) -> torch.Tensor:
+        """A page table of dummy pages alone: int32 [num_slots, pages_per_slot + 1], on the host."""
+        dummies = torch.arange(self._num_slots, dtype=torch.int32).clamp_max(self.num_dummies - 1)
+        return dummies[:, None].repeat(1, self.pages_per_slot + 1)
 
     @property
     def num_bytes(self) -> int:
@@ -99,13 +113,13 @@ class PagedKV:
         self._write_row(slot)
 
     def release(self, slot: int) -> None:
-        """Take back the pages of ``slot``; its row points at the dummy page from the next step on."""
+        """Take back the pages of ``slot``; its row points at its dummy page from the next step on."""
         self._free.extend(reversed(self._owned[slot]))
         self._owned[slot] = []
         self._write_row(slot)
 
     def _write_row(self, slot: int) -> None:
-        row = torch.zeros(self.page_table.shape[1], dtype=torch.int32)
+        row = torch.full((self.page_table.shape[1],), min(slot, self.num_dummies - 1), dtype=torch.int32)
         owned = self._owned[slot]
         if owned:
             row[: len(owned)] = torch.tensor(owned, dtype=torch.int32)

@@ -11,7 +11,7 @@ from ostinato.kernels.rope.ref import rope_append_ref
 def cached_span(
     k_cache: torch.Tensor, v_cache: torch.Tensor, pages: torch.Tensor, start: int, stop: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values at positions start … stop - 1 of the slot that owns ``pages`` [P], [Hkv, stop - start, D] each.
+    """Keys and values at positions start … stop - 1 of the slot that owns ``pages`` [P], [1, Hkv, stop - start, D] each.
 
     Views where one page holds them all, as when a slot has a single page; else copies.
     """
@@ -20,26 +20,25 @@ def cached_span(
     begin, end = start - first * page_size, stop - first * page_size
     if first == last:
         page = int(pages[first])
-        return k_cache[page, :, begin:end], v_cache[page, :, begin:end]
+        return k_cache[page : page + 1, :, begin:end], v_cache[page : page + 1, :, begin:end]
     index = pages[first : last + 1].long()
-    k, v = (cache[index].transpose(0, 1).flatten(1, 2)[:, begin:end] for cache in (k_cache, v_cache))
+    k, v = (cache[index].transpose(0, 1).flatten(1, 2)[None, :, begin:end] for cache in (k_cache, v_cache))
     return k, v
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """softmax(softcap * tanh(q kᵀ scale / softcap)) v; q [Hkv, N, D], k and v [Hkv, L, D], mask bool [N, L].
+    """softmax(softcap * tanh(q kᵀ scale / softcap)) v; q [1, Hkv, N, D], k and v [1, Hkv, L, D], mask bool [N, L].
 
-    softcap 0 means none. Mixed dtypes are computed in float32. Returns [Hkv, N, D] in q's dtype.
+    softcap 0 means none. Mixed dtypes are computed in float32. Returns q's shape and dtype.
     """
     dtype = q.dtype
     if k.dtype != dtype:
         q, k, v = q.float(), k.float(), v.float()
     if softcap == 0.0:
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0]
-        return out.to(dtype)
-    scores = torch.tanh(torch.matmul(q.float(), k.float().transpose(1, 2)) * (scale / softcap)) * softcap
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).to(dtype)
+    scores = torch.tanh(torch.matmul(q.float(), k.float().transpose(-1, -2)) * (scale / softcap)) * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return torch.matmul(torch.softmax(scores, -1), v.float()).to(dtype)
@@ -59,13 +58,13 @@ def decode_attention_ref(
     """Row b attends to positions max(0, p - window + 1) … p of its slot, p = positions[b]; returns [B, Hq * D]."""
     batch, heads, dim = q.shape
     kv_heads = k_cache.shape[1]
-    grouped = q.view(batch, kv_heads, heads // kv_heads, dim)
+    grouped = q.view(batch, 1, kv_heads, heads // kv_heads, dim)
     rows = []
     for b, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         start = max(0, position - window + 1) if window else 0
         k, v = cached_span(k_cache, v_cache, page_table[slot], start, position + 1)
-        rows.append(attend(grouped[b], k, v, scale, softcap, None).reshape(heads * dim))
-    return rows[0][None] if batch == 1 else torch.stack(rows)
+        rows.append(attend(grouped[b], k, v, scale, softcap, None).reshape(1, heads * dim))
+    return rows[0] if batch == 1 else torch.cat(rows)
 
 
 def fused_decode_attention_ref(

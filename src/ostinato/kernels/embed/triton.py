@@ -58,7 +58,7 @@ def embed(
     """Launch the kernel for the table's format; arguments as the op's."""
     count = tokens.shape[0]
     out = torch.empty((count, columns), dtype=out_dtype, device=tokens.device)
-    options = launch_options(tokens.device)
+    options = launch_options(tokens.device, first=True)
     if kind is None or d is None:
         grid = (count, triton.cdiv(columns, 1024))
         _embed_floats_kernel[grid](tokens, words, out, scale, columns, 1024, num_warps=4, **options)

@@ -28,7 +28,7 @@ def prefill_attention_ref(
     k, v = cached_span(k_cache, v_cache, page_table[slot], start, stop)
     if first == 0 and softcap == 0.0 and (window == 0 or window >= num_tokens) and k.dtype == q.dtype:
         out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=heads != kv_heads
+            q.transpose(0, 1)[None], k, v, is_causal=True, scale=scale, enable_gqa=heads != kv_heads
         )
         return out[0].transpose(0, 1).reshape(num_tokens, heads * dim)
     distance = torch.arange(first, stop, device=q.device)[:, None] - torch.arange(start, stop, device=q.device)
@@ -37,5 +37,5 @@ def prefill_attention_ref(
         mask &= distance < window
     group = heads // kv_heads  # the queries of one kv head stand under each other: [Hkv, G * T, D]
     stacked = q.view(num_tokens, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, group * num_tokens, dim)
-    out = attend(stacked, k, v, scale, softcap, mask.repeat(group, 1))
+    out = attend(stacked[None], k, v, scale, softcap, mask.repeat(group, 1))
     return out.view(kv_heads, group, num_tokens, dim).permute(2, 0, 1, 3).reshape(num_tokens, heads * dim)

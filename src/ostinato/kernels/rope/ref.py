@@ -41,7 +41,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     """x [M, H, D] float32; cos, sin [M, 1, R]: the first R of each head turn, half against half, the rest stays."""
     rotary = cos.shape[-1]
     turned = x if rotary == x.shape[-1] else x[..., :rotary]
-    swapped = turned.roll(rotary // 2, -1)  # (x2, x1): by half of R, both directions agree
+    swapped = turned.unflatten(-1, (2, rotary // 2)).flip(-2).flatten(-2)  # (x2, x1)
     turned = torch.addcmul(turned * cos, swapped, sin)
     return turned if rotary == x.shape[-1] else torch.cat((turned, x[..., rotary:]), -1)
 
@@ -80,9 +80,9 @@ def rope_append_ref(
         position = int(positions)
         tables = _rope_tables(inv_freq, rope_scale, position + 1)
         turned = _rotate(qk, tables.cos[position], tables.sin[position])
-        page = int(page_table[int(slots), position // page_size])
-        k_cache[page, :, position % page_size] = turned[0, num_heads:]
-        v_cache[page, :, position % page_size] = heads[0, num_heads + num_kv_heads :]
+        page, offset = int(page_table[int(slots), position // page_size]), position % page_size
+        k_cache[page].select(1, offset).copy_(turned[0, num_heads:])
+        v_cache[page].select(1, offset).copy_(heads[0, num_heads + num_kv_heads :])
     else:
         tables = _rope_tables(inv_freq, rope_scale, int(positions.max()) + 1)
         turned = _rotate(qk, tables.cos[positions, None], tables.sin[positions, None])
