@@ -11,7 +11,7 @@ from ostinato.kernels.rope.ref import rope_append_ref
 def cached_span(
     k_cache: torch.Tensor, v_cache: torch.Tensor, pages: torch.Tensor, start: int, stop: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values at positions start … stop - 1 of the slot that owns ``pages`` [P], [1, Hkv, stop - start, D] each.
+    """Keys and values at positions start … stop - 1 of the owner of ``pages`` [P], [1, Hkv, stop - start, D] each.
 
     Views where one page holds them all, as when a slot has a single page; else copies.
     """
