@@ -171,7 +171,8 @@ class LLM:
         request = Request(tuple(ids), params, self.tokenizer.eos_ids)
         slot = session.slot if session is not None else -1
         sequence = self.scheduler.add(request, slot=slot, num_cached=cached)
-        sequence.keeps_slot = session is not None
+        if session is not None:
+            self.scheduler.keep(sequence)
         stats = self.stats = RunStats(prompt_tokens=len(ids), cached_tokens=cached)
         self._inboxes[sequence] = deque()
         if session is not None:

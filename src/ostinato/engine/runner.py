@@ -104,12 +104,7 @@ class Runner:
         """
         count = len(tokens)
         with self.on_stream():
-            batch = Batch(
-                tokens=self._upload(list(tokens)),
-                positions=torch.arange(start, start + count, dtype=torch.int32, device=self.device),
-                slots=torch.full((count,), slot, dtype=torch.int32, device=self.device),
-                decode=False,
-            )
+            batch = self._chunk(slot, tokens, start)
             last = torch.full((1,), count - 1, dtype=torch.int64, device=self.device)
             logits = self.model.forward(batch, self.kv.layers, last)
             if draw:
@@ -124,15 +119,8 @@ class Runner:
 
     def logits(self, slot: int, tokens: Sequence[int], start: int) -> torch.Tensor:
         """Logits after each of ``tokens``, float32 [n, vocab]: teacher forcing through the prefill path."""
-        count = len(tokens)
         with self.on_stream():
-            batch = Batch(
-                tokens=self._upload(list(tokens)),
-                positions=torch.arange(start, start + count, dtype=torch.int32, device=self.device),
-                slots=torch.full((count,), slot, dtype=torch.int32, device=self.device),
-                decode=False,
-            )
-            return self.model.forward(batch, self.kv.layers)
+            return self.model.forward(self._chunk(slot, tokens, start), self.kv.layers)
 
     def stop(self, slot: int) -> None:
         """From the next step on ``slot`` computes nothing that counts."""
@@ -186,11 +174,16 @@ class Runner:
         """Free graphs and their pool."""
         self._buckets.close()
 
-    def _upload(self, values: list[int]) -> torch.Tensor:
-        host = torch.tensor(values, dtype=torch.int32)
-        if self.device.type == "cpu":
-            return host
-        return host.pin_memory().to(self.device, non_blocking=True)
+    def _chunk(self, slot: int, tokens: Sequence[int], start: int) -> Batch:
+        """``tokens`` of ``slot`` at positions start …, brought to the device without a wait."""
+        count = len(tokens)
+        host = torch.tensor(tokens, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        return Batch(
+            tokens=host.to(self.device, non_blocking=True),
+            positions=torch.arange(start, start + count, dtype=torch.int32, device=self.device),
+            slots=torch.full((count,), slot, dtype=torch.int32, device=self.device),
+            decode=False,
+        )
 
     def _step_state(self) -> list[torch.Tensor]:
         """What a step writes besides its buffers. Verification sends all KV to the dummy pages."""

@@ -41,7 +41,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     """x [M, H, D] float32; cos, sin [M, 1, R]: the first R of each head turn, half against half, the rest stays."""
     rotary = cos.shape[-1]
     turned = x if rotary == x.shape[-1] else x[..., :rotary]
-    swapped = turned.unflatten(-1, (2, rotary // 2)).flip(-2).flatten(-2)  # (x2, x1)
+    swapped = turned.reshape(*turned.shape[:-1], 2, rotary // 2).flip(-2).flatten(-2)  # (x2, x1)
     turned = torch.addcmul(turned * cos, swapped, sin)
     return turned if rotary == x.shape[-1] else torch.cat((turned, x[..., rotary:]), -1)
 
