@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from ostinato.engine.loading import EngineConfig, Loaded, load_engine
+from ostinato.engine.loading import EngineConfig, Loaded, check_architecture, load_engine
 from ostinato.engine.request import Request, TokenEvent
 from ostinato.engine.request import Sequence as TokenSequence
 from ostinato.engine.scheduler import Scheduler
@@ -137,6 +137,7 @@ class LLM:
         if max_batch < 1:
             raise UsageError(f"a batch of {max_batch} holds no sequence; use at least 1")
         opened = resolve(model, progress).open()
+        check_architecture(opened)
         if isinstance(opened, GGUFFile):
             tokenizer, template = Tokenizer.from_gguf(opened.metadata), ChatTemplate.from_gguf(opened.metadata)
         else:

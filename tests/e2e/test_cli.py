@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from ostinato.load.gguf_writer import write_gguf
 from tests.tiny_model import write_tiny_model
 
 PROGRAM = [sys.executable, "-m", "ostinato.cli.main"]
@@ -46,13 +48,26 @@ def test_an_answer_through_pipes(tiny: str) -> None:
         (["generate", "{tiny}", "hi", "--top-p", "2"], "top_p"),
         (["generate", "{cut}", "hi"], "cut.gguf"),
         (["generate", "{magic}", "hi"], "is not a GGUF file"),
+        (["generate", "{foreign}", "hi"], "architecture 'rwkv9' is not implemented"),
+        (["generate", "{unknown}", "hi"], "tensor 'token_embd.weight' has type IQ2_XXS"),
+        (["generate", "{shard}", "hi"], "lacks part-00002-of-00002.gguf"),
+        (["generate", "{tiny}", "word " * 300, "--context", "20"], "the context 20"),
+        (["bench", "{tiny}", "--context", "32", "--batch", "100000000"], "use a smaller batch"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(tiny: str, tmp_path: Path, arguments: list[str], message: str) -> None:
     cut, magic = tmp_path / "cut.gguf", tmp_path / "magic.gguf"
     cut.write_bytes(Path(tiny).read_bytes()[:-5000])
     magic.write_bytes(b"FUGG" + Path(tiny).read_bytes()[4:])
-    given = [argument.format(tiny=tiny, cut=cut, magic=magic) for argument in arguments]
+    foreign, unknown, shard = (tmp_path / f"{name}.gguf" for name in ("foreign", "unknown", "part-00001-of-00002"))
+    write_gguf(foreign, {"general.architecture": "rwkv9"}, {"a.weight": torch.zeros(4, 4)})
+    data = Path(tiny).read_bytes()
+    name = b"token_embd.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # behind the name: number of dimensions, two of them, then the type
+    unknown.write_bytes(data[:at] + (16).to_bytes(4, "little") + data[at + 4 :])
+    shard.write_bytes(data)
+    paths = {"cut": cut, "magic": magic, "foreign": foreign, "unknown": unknown, "shard": shard}
+    given = [argument.format(tiny=tiny, **paths) for argument in arguments]
     run = subprocess.run([*PROGRAM, *given], capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert run.returncode == 2
     assert run.stdout == ""

@@ -86,10 +86,15 @@ def plan_memory(
     budget = MemoryBudget(
         weights, per_token, sampler, _SCRATCH_BYTES, free_bytes, wanted, num_slots, page_size or max(wanted, 1), dummies
     )
+    if room <= 0 and weights + _SCRATCH_BYTES < free_bytes:
+        raise MemoryBudgetError(
+            f"the sampler's state of {num_slots} sequences needs {_size(sampler)} beside {_size(weights)} of weights and "
+            f"{_size(free_bytes)} are free; use a smaller batch"
+        )
     if room <= 0:
         raise MemoryBudgetError(
-            f"the weights need {_size(weights + sampler + _SCRATCH_BYTES)} with scratch and {_size(free_bytes)} are "
-            "free; use a smaller or more strongly quantized model"
+            f"the weights need {_size(weights + _SCRATCH_BYTES)} with scratch and {_size(free_bytes)} are free; use a "
+            "smaller or more strongly quantized model"
         )
     if budget.total_bytes > free_bytes or wanted < 2:
         smaller = f"a smaller batch than {num_slots}" if num_slots > 1 else "a smaller model"

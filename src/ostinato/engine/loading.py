@@ -104,6 +104,11 @@ def open_checkpoint(opened: Openable, device: torch.device) -> tuple[Checkpoint,
     return Checkpoint("hf", opened.config, reader), reader
 
 
+def check_architecture(opened: Openable) -> None:
+    """Raise UnsupportedModelError where no family implements the model, before anything else of it is read."""
+    family_of(open_checkpoint(opened, torch.device("cpu"))[0])
+
+
 def load_engine(opened: Openable, config: EngineConfig) -> Loaded:
     """Read the weights, allocate the KV, and make the runner; graphs are captured when first used, or by the caller.
 
