@@ -88,8 +88,8 @@ def plan_memory(
     )
     if room <= 0 and weights + _SCRATCH_BYTES < free_bytes:
         raise MemoryBudgetError(
-            f"the sampler's state of {num_slots} sequences needs {_size(sampler)} beside {_size(weights)} of weights and "
-            f"{_size(free_bytes)} are free; use a smaller batch"
+            f"the sampler's state of {num_slots} sequences needs {_size(sampler)} beside {_size(weights)} of weights, "
+            f"and {_size(free_bytes)} are free; use a smaller batch"
         )
     if room <= 0:
         raise MemoryBudgetError(
