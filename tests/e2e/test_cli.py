@@ -130,7 +130,9 @@ class _Terminal:
 
 @pytest.fixture
 def chat(tiny: str) -> Iterator[_Terminal]:
-    terminal = _Terminal([*PROGRAM, "chat", tiny, "--device", "cpu", "--threads", "1", "--max-tokens", "150", "--temperature", "5"])
+    terminal = _Terminal(
+        [*PROGRAM, "chat", tiny, "--device", "cpu", "--threads", "1", "--max-tokens", "150", "--temperature", "5"]
+    )
     yield terminal
     terminal.close()
 
