@@ -73,14 +73,6 @@ def user_stack() -> tuple[Frame, ...]:
     return tuple(_walk(sys._getframe(1), _MAX_FRAMES))
 
 
-def called_from_torch() -> bool:
-    """Whether the code that reached the checker's hook is torch's own Python rather than the user's."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_CHECK_DIR):
-        frame = frame.f_back
-    return frame is not None and in_torch(frame.f_code.co_filename)
-
-
 def caller_is_user() -> bool:
     """Whether the function that called the hook stands in the checked code (not in torch, not in the checker)."""
     frame: FrameType | None = sys._getframe(2)

@@ -276,11 +276,6 @@ class Recorder:
         num_plain = self.num_arguments - num_static
         return [(f"argument {i}", False) for i in range(num_plain)] + [(name, True) for name in static_names]
 
-    @property
-    def num_aliases(self) -> int:
-        """How many tensors the recorder holds."""
-        return len(self._aliases)
-
 
 def _written(
     world: World, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -99,3 +99,11 @@ def test_misfits_are_refused(device):
         embed(torch.ones(2, device=device), x)
     with pytest.raises(KernelError, match="contiguous weight"):
         dense_linear(x, x[:, ::2])
+
+
+def test_one_row_and_several_rows_have_the_same_norm() -> None:
+    weight, x = 1 + 0.3 * torch.randn(96), torch.randn(5, 96)
+    together = rms_norm(x, weight, 1e-6, torch.float32)
+    for i in range(5):
+        alone = rms_norm(x[i : i + 1], weight, 1e-6, torch.float32)
+        torch.testing.assert_close(alone[0], together[i], rtol=2e-6, atol=0)

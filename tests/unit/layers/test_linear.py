@@ -105,14 +105,6 @@ def test_options(kinds: Sequence[str], options: str, m: int, target: Target) -> 
     torch.testing.assert_close(actual.double(), y, rtol=0, atol=atol)
 
 
-def test_one_row_and_several_rows_have_the_same_norm() -> None:
-    norm = Norm(1 + 0.3 * rows(1)[0], 1e-6)
-    x = rows(5)
-    together = norm(x, torch.float32)
-    for i in range(5):
-        torch.testing.assert_close(norm(x[i : i + 1], torch.float32)[0], together[i], rtol=2e-6, atol=0)
-
-
 def test_bytes_are_those_that_a_product_reads() -> None:
     weights = [matrix("Q4_0", 32, 0), matrix("Q8_0", 16, 1)]
     assert Linear.join(weights, EXACT).num_bytes == 4 * 48 * K

@@ -83,13 +83,11 @@ class PretendEvent:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Timing and interprocess flags do not matter here."""
         self._stream: PretendStream | None = None
-        self._is_captured = False
         self.cuda_event = next(_IDS)
 
     def record(self, stream: PretendStream | None = None) -> None:
         """Remember the stream."""
         self._stream = stream or self.streams.current
-        self._is_captured = self.streams.takes_part(self._stream)
 
     def wait(self, stream: PretendStream | None = None) -> None:
         """Let a stream wait for this event."""
