@@ -225,7 +225,8 @@ def _join_kernel(
             there = s < active
             m = tl.load(stats + 2 * base + s, mask=there, other=_NO_SCORE)
             l = tl.load(stats + 2 * base + SPLITS + s, mask=there, other=0.0)
-            part = tl.load(partial + (base + s)[:, None] * DP + d[None, :], mask=there[:, None], other=0.0)
+            written = there[:, None] & (d < D)[None, :]  # what pads a head to a power of two, nobody wrote
+            part = tl.load(partial + (base + s)[:, None] * DP + d[None, :], mask=written, other=0.0)
             new = tl.maximum(largest, tl.max(m, 0))
             old = tl.exp2(largest - new)
             weight = tl.exp2(m - new)
