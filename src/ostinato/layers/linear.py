@@ -155,6 +155,11 @@ class Linear:
         return sum(weight_bytes(part) for part in self.parts)
 
 
+def as_tensor(weight: BlockWeight | torch.Tensor) -> torch.Tensor:
+    """A tensor of floats: ``weight`` itself, or float32 where it is quantized."""
+    return dequantize(weight) if isinstance(weight, BlockWeight) else weight
+
+
 def weight_bytes(weight: Weight) -> int:
     """Bytes that one product with ``weight`` reads."""
     if isinstance(weight, torch.Tensor):

@@ -51,6 +51,25 @@ class RopeConfig:
             merged.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
         return cls(float(theta), int(head_dim * partial), str(kind), max_position, merged)
 
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], arch: str, head_dim: int, max_position: int) -> RopeConfig:
+        """Read the keys ``ARCH.rope.…`` of a GGUF file."""
+
+        def get(key: str, default: Any = None) -> Any:
+            return metadata.get(f"{arch}.rope.{key}", default)
+
+        kind = get("scaling.type", "none")
+        parameters = {
+            "factor": get("scaling.factor", 1.0),
+            "original_max_position_embeddings": get("scaling.original_context_length", max_position),
+            "attention_factor": get("scaling.attn_factor"),
+            "beta_fast": get("scaling.yarn_beta_fast"),
+            "beta_slow": get("scaling.yarn_beta_slow"),
+        }
+        name = {"none": "default", "linear": "linear", "yarn": "yarn"}.get(kind, kind)
+        dim = int(get("dimension_count", head_dim))
+        return cls(float(get("freq_base", 10000.0)), dim, name, max_position, parameters)
+
 
 @dataclass(frozen=True, eq=False)
 class Rope:

@@ -92,7 +92,7 @@ class _Names:
     def require(self, names: Iterable[str]) -> None:
         raise AssertionError("a preset's shapes are asked for, not its weights")
 
-    def ignore(self, *patterns: str) -> None:
+    def ignore(self, *patterns: str) -> int:
         raise AssertionError("a preset's shapes are asked for, not its weights")
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> BlockWeight | torch.Tensor:

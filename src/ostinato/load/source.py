@@ -94,10 +94,12 @@ class WeightReader:
         self._used.add(name)
         return self.source.read(name, self.device)
 
-    def ignore(self, *patterns: str) -> None:
-        """Mark tensors whose whole name matches one of these regular expressions as not needed by the model."""
+    def ignore(self, *patterns: str) -> int:
+        """Mark tensors whose whole name matches one of these regular expressions as not needed; returns how many."""
         whole = [re.compile(pattern) for pattern in patterns]
-        self._used.update(name for name in self.source.tensors if any(p.fullmatch(name) for p in whole))
+        found = [name for name in self.source.tensors if any(p.fullmatch(name) for p in whole)]
+        self._used.update(found)
+        return len(found)
 
     def finish(self, required: Iterable[str] = ()) -> None:
         """Raise CheckpointError that lists tensors of ``required`` that are missing and tensors that nothing read."""

@@ -23,8 +23,8 @@ class WeightSource(Protocol):
         """Raise CheckpointError that lists those of ``names`` that are missing."""
         ...
 
-    def ignore(self, *patterns: str) -> None:
-        """Tensors whose whole name matches one of these regular expressions need not be read."""
+    def ignore(self, *patterns: str) -> int:
+        """Tensors whose whole name matches one of these regular expressions need not be read; returns how many."""
         ...
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> BlockWeight | torch.Tensor:

@@ -19,10 +19,12 @@ from ostinato.kernels.embed import embed
 from ostinato.kv.paged import KVSpec, LayerKV
 from ostinato.layers.attention import Attention
 from ostinato.layers.batch import Batch
-from ostinato.layers.linear import Linear, Norm, Target, weight_bytes
+from ostinato.layers.embedding import place_embedding
+from ostinato.layers.linear import Linear, Norm, Target, as_tensor, weight_bytes
+from ostinato.layers.mlp import GatedMLP
 from ostinato.layers.rope import Rope, RopeConfig, make_rope
 from ostinato.models.interface import Checkpoint, WeightSource
-from ostinato.quant.blocks import BlockWeight, dequantize
+from ostinato.quant.blocks import BlockWeight
 
 HF_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -126,7 +128,7 @@ class LlamaConfig:
             num_kv_heads=int(c.get(f"{arch}.attention.head_count_kv", heads)),
             head_dim=head_dim,
             rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
-            rope=_gguf_rope(c, arch, int(c.get(f"{arch}.rope.dimension_count", head_dim)), context),
+            rope=RopeConfig.from_gguf(c, arch, head_dim, context),
             max_context=context,
             tie_word_embeddings=not source_names("output.weight"),
             qkv_bias=source_names("blk.0.attn_q.bias"),
@@ -178,7 +180,7 @@ class LlamaConfig:
             source.require(map(gguf_name, shapes))
             read = _gguf_reader(self, source, shapes)
             if "rope_freqs.weight" in source:
-                divisors = _tensor(source.read("rope_freqs.weight"))
+                divisors = as_tensor(source.read("rope_freqs.weight"))
         else:
             source.require(shapes)
             source.ignore(r".*rotary_emb\.inv_freq", *(["lm_head.weight"] if self.tie_word_embeddings else []))
@@ -191,21 +193,9 @@ class LlamaConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class LlamaMLP:
-    """``down(silu(gate(norm(h))) * up(norm(h))) + h``."""
-
-    norm: Norm
-    gate_up: Linear
-    down: Linear
-
-    def __call__(self, h: torch.Tensor, activation: torch.dtype) -> torch.Tensor:
-        return self.down(self.gate_up(h, norm=self.norm, gated="silu", out_dtype=activation), residual=h)
-
-
-@dataclass(frozen=True, eq=False)
 class LlamaDecoderLayer:
     self_attn: Attention
-    mlp: LlamaMLP
+    mlp: GatedMLP
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,11 +212,11 @@ class LlamaForCausalLM:
     @classmethod
     def build(cls, c: LlamaConfig, read: _Read, target: Target, rope: Rope) -> LlamaForCausalLM:
         def norm(name: str) -> Norm:
-            return Norm(_tensor(read(name)).to(target.device, torch.float32), c.rms_norm_eps)
+            return Norm(as_tensor(read(name)).to(target.device, torch.float32), c.rms_norm_eps)
 
         def join(prefix: str, names: Sequence[str], has_bias: bool) -> Linear:
             weights = [read(f"{prefix}{n}.weight") for n in names]
-            bias = torch.cat([_tensor(read(f"{prefix}{n}.bias")) for n in names]) if has_bias else None
+            bias = torch.cat([as_tensor(read(f"{prefix}{n}.bias")) for n in names]) if has_bias else None
             return Linear.join(weights, target, bias)
 
         table = read("model.embed_tokens.weight")
@@ -245,7 +235,7 @@ class LlamaForCausalLM:
                 scale=c.head_dim**-0.5,
                 window=c.windows[i],
             )
-            mlp = LlamaMLP(
+            mlp = GatedMLP(
                 norm=norm(f"{p}post_attention_layernorm.weight"),
                 gate_up=join(f"{p}mlp.", ("gate_proj", "up_proj"), c.mlp_bias),
                 down=join(f"{p}mlp.", ("down_proj",), c.mlp_bias),
@@ -257,7 +247,7 @@ class LlamaForCausalLM:
             head = join("", ("lm_head",), False)
         return cls(
             config=c,
-            embed=_embedding(table, target, head if c.tie_word_embeddings else None),
+            embed=place_embedding(table, target, head if c.tie_word_embeddings else None),
             layers=tuple(layers),
             norm=norm("model.norm.weight"),
             head=head,
@@ -279,8 +269,9 @@ class LlamaForCausalLM:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decode step at batch 1 must read."""
-        linears = [x for layer in self.layers for x in (layer.self_attn.qkv, layer.self_attn.out, *_mlp(layer.mlp))]
-        return sum(x.num_bytes for x in (*linears, self.head)) + weight_bytes(self.embed) // self.vocab_size
+        linears = [x for layer in self.layers for x in (layer.self_attn.qkv, layer.self_attn.out)]
+        layers = sum(x.num_bytes for x in (*linears, *(layer.mlp for layer in self.layers)))
+        return layers + self.head.num_bytes + weight_bytes(self.embed) // self.vocab_size
 
     def forward(self, batch: Batch, kv: Sequence[LayerKV], rows: torch.Tensor | None = None) -> torch.Tensor:
         """Logits, float32 [M, vocab]; with ``rows`` (int64 [R]) of those rows alone, [R, vocab]."""
@@ -291,27 +282,6 @@ class LlamaForCausalLM:
         if rows is not None:
             h = h.index_select(0, rows)
         return self.head(h, norm=self.norm, out_dtype=torch.float32)
-
-
-def _mlp(mlp: LlamaMLP) -> tuple[Linear, Linear]:
-    return mlp.gate_up, mlp.down
-
-
-def _embedding(
-    table: BlockWeight | torch.Tensor, target: Target, tied_head: Linear | None
-) -> BlockWeight | torch.Tensor:
-    """The rows for tokens; with tied embeddings the head's own matrix, unless the CPU has packed or rounded it."""
-    if tied_head is not None:
-        shared = tied_head.parts[0]
-        if isinstance(shared, BlockWeight | torch.Tensor) and (target.exact or isinstance(shared, type(table))):
-            return shared
-    if isinstance(table, BlockWeight):
-        return dequantize(table.to(target.device)) if target.exact else table.to(target.device)
-    return table.to(target.device, target.activation)
-
-
-def _tensor(weight: BlockWeight | torch.Tensor) -> torch.Tensor:
-    return dequantize(weight) if isinstance(weight, BlockWeight) else weight
 
 
 def _hf_windows(c: Mapping[str, Any], model_type: str, layers: int) -> tuple[int, ...]:
@@ -327,22 +297,6 @@ def _hf_windows(c: Mapping[str, Any], model_type: str, layers: int) -> tuple[int
         full = int(c.get("max_window_layers", layers))
         kinds = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-
-
-def _gguf_rope(c: Mapping[str, Any], arch: str, dim: int, context: int) -> RopeConfig:
-    def get(key: str, default: Any = None) -> Any:
-        return c.get(f"{arch}.rope.{key}", default)
-
-    kind = get("scaling.type", "none")
-    parameters = {
-        "factor": get("scaling.factor", 1.0),
-        "original_max_position_embeddings": get("scaling.original_context_length", context),
-        "attention_factor": get("scaling.attn_factor"),
-        "beta_fast": get("scaling.yarn_beta_fast"),
-        "beta_slow": get("scaling.yarn_beta_slow"),
-    }
-    name = {"none": "default", "linear": "linear", "yarn": "yarn"}.get(kind, kind)
-    return RopeConfig(float(get("freq_base", 10000.0)), dim, name, context, parameters)
 
 
 _GGUF_LAYER = {
