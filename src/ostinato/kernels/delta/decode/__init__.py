@@ -1,0 +1,1 @@
+"""The fused kernel of one token for each of several slots."""

@@ -1,0 +1,1 @@
+"""The kernels of a chunk of consecutive tokens of one slot."""

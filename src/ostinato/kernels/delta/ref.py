@@ -1,0 +1,145 @@
+"""The gated delta rule of Qwen3-Next and Qwen3.5, one token after the other, in plain PyTorch: the truth.
+
+Source: "Gated Delta Networks: Improving Mamba2 with Delta Rule" (arXiv 2412.06464), with the convolution, norms and
+gates as ``Qwen3_5MoeGatedDeltaNet`` of transformers has them. Everything is float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ostinato.kernels.rms_norm.ref import rms_norm_ref
+
+L2_EPS = 1e-6  # added to the sum of squares of a query or key before its root
+PARTS = 4  # the programs that may share a head, each with its sum of squares
+
+
+def delta_decode_ref(
+    qkvz: torch.Tensor,
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    norm_eps: float,
+    beta_alpha: torch.Tensor,
+    conv_weight: torch.Tensor,
+    a_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    gate_norm: torch.Tensor,
+    eps: float,
+    conv_state: torch.Tensor,
+    state: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    active: torch.Tensor | None,
+    num_k_heads: int,
+    num_v_heads: int,
+    tiled: bool,
+    defer_norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``delta_decode`` means: each row is the next token of its own slot."""
+    beta, decay = gates_ref(h, norm, norm_eps, beta_alpha, a_log, dt_bias)
+    rows = []
+    for m, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        runs = active is None or bool(active[m])
+        conv, matrix = conv_state[slot], state[slot]
+        if not runs:  # computed all the same, on copies
+            conv, matrix = conv.clone(), matrix.clone()
+        x = convolve_ref(qkvz[m : m + 1], conv_weight, conv, position)
+        o = recurrence_ref(x, beta[m : m + 1], decay[m : m + 1], matrix, position, num_k_heads, num_v_heads, tiled)
+        rows.append(o)
+    o = torch.cat(rows)
+    gate = F.silu(qkvz[:, conv_weight.shape[1] :].float()).view_as(o)
+    if not defer_norm:
+        y = rms_norm_ref(o, gate_norm, eps, torch.float32) * gate
+        return y.flatten(1).to(qkvz.dtype), o.new_empty(0)
+    squares = o.new_zeros(*o.shape[:2], PARTS)
+    squares[..., 0] = o.square().sum(-1)
+    return (o * gate_norm * gate).flatten(1).to(qkvz.dtype), squares
+
+
+def delta_prefill_ref(
+    qkvz: torch.Tensor,
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    norm_eps: float,
+    beta_alpha: torch.Tensor,
+    conv_weight: torch.Tensor,
+    a_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    gate_norm: torch.Tensor,
+    eps: float,
+    conv_state: torch.Tensor,
+    state: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    num_k_heads: int,
+    num_v_heads: int,
+    tiled: bool,
+) -> torch.Tensor:
+    """What ``delta_prefill`` means: the rows are consecutive tokens of one slot."""
+    beta, decay = gates_ref(h, norm, norm_eps, beta_alpha, a_log, dt_bias)
+    slot, position = int(slots[0]), int(positions[0])
+    x = convolve_ref(qkvz, conv_weight, conv_state[slot], position)
+    o = recurrence_ref(x, beta, decay, state[slot], position, num_k_heads, num_v_heads, tiled)
+    gate = F.silu(qkvz[:, conv_weight.shape[1] :].float()).view_as(o)
+    return (rms_norm_ref(o, gate_norm, eps, torch.float32) * gate).flatten(1).to(qkvz.dtype)
+
+
+def gates_ref(
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    norm_eps: float,
+    beta_alpha: torch.Tensor,
+    a_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(beta, g), each [M, Hv]: how much of a value is written, and the logarithm of what remains of the state."""
+    b, a = (rms_norm_ref(h, norm, norm_eps, torch.float32) @ beta_alpha.float().T).chunk(2, dim=1)
+    return torch.sigmoid(b), -torch.exp(a_log) * F.softplus(a + dt_bias)
+
+
+def convolve_ref(qkvz: torch.Tensor, conv_weight: torch.Tensor, ring: torch.Tensor, position: int) -> torch.Tensor:
+    """SiLU of the causal convolution of q | k | v, [T, C]; T consecutive tokens from ``position`` on.
+
+    ring: [W, C], written in place: entry p % W holds the inputs at position p.
+    """
+    width, channels = conv_weight.shape
+    x = qkvz[:, :channels].float()
+    past = [p for p in range(position - width + 1, position) if p >= 0]
+    known = torch.cat((x.new_zeros(width - 1 - len(past), channels), ring[[p % width for p in past]], x))
+    for row in range(max(len(x) - width, 0), len(x)):
+        ring[(position + row) % width] = x[row]
+    return F.silu(sum(known[t : t + len(x)] * conv_weight[t] for t in range(width)))  # type: ignore[arg-type]  # no int
+
+
+def recurrence_ref(
+    x: torch.Tensor,
+    beta: torch.Tensor,
+    decay: torch.Tensor,
+    state: torch.Tensor,
+    position: int,
+    num_k_heads: int,
+    num_v_heads: int,
+    tiled: bool,
+) -> torch.Tensor:
+    """o [T, Hv, Dv] of the delta rule over x [T, C]; state [Hv, Dk, Dv] is written in place."""
+    key_dim, value_dim = state.shape[1:]
+    q, k, v = torch.split(x, [num_k_heads * key_dim, num_k_heads * key_dim, num_v_heads * value_dim], dim=1)
+    q, k = (_unit(part.view(len(x), num_k_heads, key_dim)) for part in (q, k))
+    repeats = num_v_heads // num_k_heads
+    q, k = (part.repeat(1, repeats, 1) if tiled else part.repeat_interleave(repeats, 1) for part in (q, k))
+    q, v = q * key_dim**-0.5, v.view(len(x), num_v_heads, value_dim)
+    matrix = state.float() if position else torch.zeros_like(state, dtype=torch.float32)
+    out = torch.empty_like(v)
+    for t in range(len(x)):
+        matrix = matrix * decay[t].exp()[:, None, None]
+        kept = torch.einsum("hkv,hk->hv", matrix, k[t])
+        change = (v[t] - kept) * beta[t][:, None]
+        matrix = matrix + k[t][:, :, None] * change[:, None, :]
+        out[t] = torch.einsum("hkv,hk->hv", matrix, q[t])
+    state.copy_(matrix)
+    return out
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
