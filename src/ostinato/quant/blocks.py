@@ -1,16 +1,18 @@
 """What the bytes of a block-quantized weight mean, in the one layout that every product here reads.
 
 A GGUF block interleaves scales with quants, which no vector load likes. At load the parts of all blocks of a tensor
-are split into *planes*; scales keep the file's bits, quants are only moved. Every GGUF integer type is then one formula
+are split into *planes*; scales keep the file's bits, quants are only moved. Every GGUF integer type, and every type that
+``ostinato.quant.int4`` makes, is then one formula
 
     weight[n, k] = scale[n, g] * (q[n, k] - offset) + minimum[n, g]         g = k // group
 
     scale[n, g]   = d[n, k // super_group] * sub_d[n, g]      (sub_d is 1 where the type has none)
-    minimum[n, g] = +m[n, g]                                  Q4_1, Q5_1
+    minimum[n, g] = +m[n, g]                                  Q4_1, Q5_1, I4_*
                   = -m[n, k // super_group] * sub_m[n, g]     Q2_K, Q4_K, Q5_K
                   = 0                                         the others
 
-Source of the formulas: the block structures of the GGUF format (ggml-common.h of llama.cpp, read for facts).
+Source of the formulas: the block structures of the GGUF format (ggml-common.h of llama.cpp, read for facts). The types
+I4_32 … I8_64 are this project's own, with groups of up to 128 columns.
 
 Order of quants. Within 32 consecutive elements e0 … e31, quad t is the four elements e[4t] … e[4t+3].
 
@@ -38,7 +40,7 @@ class BlockKind:
     """The constants of one block type.
 
     bits: stored bits of a quant as the planes hold it: 4 (also Q2_K and Q3_K, whose values fit a nibble), 5, 6 or 8.
-    group: elements that share a scale. super_group: elements that share ``d`` (equals group for the legacy types).
+    group: elements that share a scale. super_group: elements that share ``d`` (equals group where there is no sub_d).
     offset: subtracted from the quant. min_sign: +1, -1 or 0 as in the formula above. signed: 8-bit quants are int8.
     """
 
@@ -73,6 +75,11 @@ KINDS: dict[str, BlockKind] = {
         BlockKind("Q4_K", 4, 32, 256, 0, -1),
         BlockKind("Q5_K", 5, 32, 256, 0, -1),
         BlockKind("Q6_K", 6, 16, 256, 32, 0),
+        BlockKind("I4_32", 4, 32, 32, 0, 1),
+        BlockKind("I4_64", 4, 64, 64, 0, 1),
+        BlockKind("I4_128", 4, 128, 128, 0, 1),
+        BlockKind("I6_64", 6, 64, 64, 32, 0),
+        BlockKind("I8_64", 8, 64, 64, 0, 0),
     )
 }
 

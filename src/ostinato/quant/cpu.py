@@ -1,6 +1,6 @@
 """Block weights in the forms that PyTorch's own CPU products read.
 
-Four-bit kinds with groups of 32 become PyTorch's packed int4 (``_weight_int4pack_mm_for_cpu``): quants keep their
+Four-bit kinds with groups of 32, 64 or 128 become PyTorch's packed int4 (``_weight_int4pack_mm_for_cpu``): quants keep their
 values, scale and minimum of a group are rounded to bfloat16. Eight-bit weights become int8 with one scale a row
 (``_weight_int8pack_mm``), rounded once more. All other kinds become dense bfloat16.
 """
@@ -58,7 +58,7 @@ CpuWeight = CpuInt4Weight | CpuInt8Weight
 
 
 def _is_int4(kind: BlockKind) -> bool:
-    return kind.bits == 4 and kind.group == 32
+    return kind.bits == 4 and kind.group >= 32
 
 
 def packed_bytes(kind: BlockKind, count: int) -> int:

@@ -8,7 +8,7 @@ from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linea
 from ostinato.kernels.embed import embed
 from ostinato.quant.blocks import KINDS, dequantize
 
-from ...unit.kernels.block_weights import grid_rows, random_weight
+from ...unit.kernels.block_weights import columns, grid_rows, random_weight
 
 CUDA = torch.device("cuda")
 
@@ -35,7 +35,7 @@ def test_few_rows_on_the_grid_lose_nothing(kind, n, k, m):
 @pytest.mark.parametrize("m", [1, 3, 12, 40, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_narrow_matrices_lose_nothing(kind, m):
-    k = 512 if KINDS[kind].has_sub else 576
+    k = columns(kind, 576)
     weight = random_weight(kind, 20001, k, CUDA)
     x = grid_rows(m, k, CUDA)
     assert relative(block_linear(x, weight), block_linear_ref(x, weight)) < 2e-6

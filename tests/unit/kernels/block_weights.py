@@ -39,6 +39,12 @@ def random_weight(name: str, n: int, k: int, device: torch.device) -> BlockWeigh
     )
 
 
+def columns(name: str, about: int) -> int:
+    """The multiple of the kind's block nearest below ``about``, at least one block."""
+    block = KINDS[name].block
+    return max(1, about // block) * block
+
+
 def operands(weight: BlockWeight) -> tuple[torch.Tensor | str | None, ...]:
     """The weight as the launchers of kernels take it."""
     w = weight

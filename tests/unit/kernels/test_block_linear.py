@@ -10,7 +10,7 @@ from ostinato.kernels.registry import load
 from ostinato.kernels.tuning import Tiles
 from ostinato.quant.blocks import KINDS, dequantize
 
-from .block_weights import grid_rows, operands, random_weight
+from .block_weights import columns, grid_rows, operands, random_weight
 
 MATVEC = {
     "resident": Tiles("resident", rows=4, groups=16, tokens=2, warps=1),
@@ -43,13 +43,13 @@ def assert_sums_agree(found, expected, x, weight, gain=1.0):
 @pytest.mark.parametrize("tiles", MATVEC.values(), ids=MATVEC)
 @pytest.mark.parametrize("kind", KINDS)
 def test_int8_product_is_exact_for_activations_on_the_grid(kind, tiles, device):
-    k = 256 if KINDS[kind].has_sub else 320
+    k = columns(kind, 320)
     weight = random_weight(kind, 7, k, device)
     x = grid_rows(3, k, device)
     assert_sums_agree(launch(x, weight, tiles), block_linear_ref(x, weight), x, weight)
 
 
-@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K"])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K", "I4_128"])
 @pytest.mark.parametrize("tiles", MATVEC.values(), ids=MATVEC)
 def test_int8_product_rounds_activations_as_its_model(kind, tiles, device):
     weight = random_weight(kind, 5, 512, device)
@@ -95,7 +95,7 @@ def test_gate_and_up_are_multiplied(tiles, gated, device):
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_tile_kernel_multiplies_weights_rounded_to_bfloat16(kind, splits, device):
-    k = 256 if KINDS[kind].has_sub else 224
+    k = columns(kind, 224)
     weight = random_weight(kind, 19, k, device)
     x = torch.randn(17, k, device=device).bfloat16()
     tiles = Tiles("tile", rows=16, groups=2, tokens=16, warps=1, splits=splits)

@@ -10,7 +10,8 @@ from ostinato.quant.cpu import CpuInt4Weight, CpuInt8Weight, pack_for_cpu
 from ostinato.quant.gguf import GGUF_TYPES, pack
 from ostinato.quant.gguf_encode import encode
 
-INT4 = ("Q4_0", "Q4_1", "Q4_K")
+INT4 = ("Q4_0", "Q4_1", "Q4_K", "I4_32", "I4_64", "I4_128")
+INT8 = ("Q8_0", "I8_64")
 BF16 = 2.0**-8  # one unit in the last place, relative: a rounding is off by at most half of it
 
 
@@ -32,7 +33,7 @@ def random_weight(name: str, n: int, k: int, seed: int = 0) -> BlockWeight:
     def subs() -> torch.Tensor:
         return torch.randint(1, 64, (n, k // kind.group), generator=generator).to(torch.int8)
 
-    words = bits(k // 8)
+    words = bits(k // (4 if kind.bits == 8 else 8))
     if name == "Q2_K":
         words &= 0x33333333
     elif name == "Q3_K":
@@ -95,23 +96,23 @@ def test_products(name: str, n: int, k: int, m: int) -> None:
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_what_each_kind_becomes(name: str) -> None:
     packed = pack_for_cpu(random_weight(name, 32, 256))
-    expected = CpuInt4Weight if name in INT4 else CpuInt8Weight if name == "Q8_0" else torch.Tensor
+    expected = CpuInt4Weight if name in INT4 else CpuInt8Weight if name in INT8 else torch.Tensor
     assert isinstance(packed, expected)
     assert tuple(packed.shape) == (32, 256)
     if not isinstance(packed, torch.Tensor):
         assert (
             packed.num_bytes
-            == {CpuInt4Weight: 32 * 256 // 2 + 4 * 32 * 256 // 32, CpuInt8Weight: 32 * 258}[type(packed)]
+            == {CpuInt4Weight: 32 * 256 // 2 + 4 * 32 * 256 // KINDS[name].group, CpuInt8Weight: 32 * 258}[type(packed)]
         )
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "Q8_0", "Q6_K", "I4_64", "I8_64"])
 @pytest.mark.parametrize("n", [1, 7, 17, 33])
 def test_rows_that_do_not_pack(name: str, n: int) -> None:
     """PyTorch's int4 kernel takes multiples of 16 rows; others stay dense, and are as right."""
     weight, x = random_weight(name, n, 256), rows(3, 256)
     packed = pack_for_cpu(weight)
-    assert isinstance(packed, CpuInt8Weight if name == "Q8_0" else torch.Tensor)
+    assert isinstance(packed, CpuInt8Weight if name in INT8 else torch.Tensor)
     actual = torch.nn.functional.linear(x, packed) if isinstance(packed, torch.Tensor) else packed.product(x)
     exact = x.double() @ dequantize(weight).double().T
     allowed = x.double().abs() @ weight_error(weight, packed).T

@@ -164,7 +164,10 @@ def _finish(
 
 
 def kind_constants(kind: BlockKind) -> tuple[int, int, int, int, int]:
-    """BITS, GROUP, SUPER, OFFSET and MIN_SIGN of the kernels."""
+    """BITS, GROUP, SUPER, OFFSET and MIN_SIGN of the kernels.
+
+    They step through 32 columns at a time: those of a larger group read its scale again, at index column // SUPER.
+    """
     return kind.bits, kind.group, kind.super_group, kind.offset, kind.min_sign
 
 

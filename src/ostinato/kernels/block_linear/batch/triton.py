@@ -63,9 +63,9 @@ def add_products(acc, tile, b0, b1, s0, s1, lower, upper, GROUP: tl.constexpr, S
     """The four accumulators plus the products of a group.
 
     tile: ``load_pair`` of rows r, then of rows r + 8. s0, s1: the scales of rows 2j and 2j + 1 of x. lower, upper: the
-    unscaled sums of each half of those two rows of x (of the whole group in ``lower`` for groups of 32).
+    unscaled sums of each half of those two rows of x (of all 32 columns in ``lower`` for groups of 32 and more).
     """
-    if GROUP == 32:
+    if GROUP >= 32:
         c0, c1, c2, c3 = mma(tile[0], tile[6], tile[1], tile[7], b0, b1, SHAPE)
         p0, p1 = c0.to(tl.float32) * tile[2], c1.to(tl.float32) * tile[2]
         p2, p3 = c2.to(tl.float32) * tile[8], c3.to(tl.float32) * tile[8]
@@ -156,7 +156,7 @@ def _mma_kernel(
         if SUMS:  # a product with ones gives each thread the sums of its rows of x
             ones = tl.full(of_x, 0x01010101, tl.int32)
             none = tl.zeros(of_x, tl.int32)
-            if GROUP == 32:
+            if GROUP >= 32:
                 t0, t1, _, _ = mma(ones, ones, ones, ones, b0, b1, of_x)
             else:
                 t0, t1, _, _ = mma(ones, ones, none, none, b0, b1, of_x)

@@ -109,7 +109,7 @@ def products(tile, x, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.conste
     """The products of a tile with rows of x, float32 [ROWS, R, W, NG], group by group.
 
     x: a tuple of eight words, the scale, and the scaled sums of the lower and the upper half (of the whole group in the
-    first of them for groups of 32), [ROWS, 1, W, NG] each.
+    first of them for groups of 32 and more), [ROWS, 1, W, NG] each.
     """
     shape: tl.constexpr = (x[8].shape[0], tile[0].shape[1], tile[0].shape[2], tile[0].shape[3])
     zero = tl.zeros(shape, tl.int32)
@@ -117,12 +117,12 @@ def products(tile, x, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.conste
     upper = zero
     for t in tl.static_range(4):
         lower = dp4a(tl.broadcast_to(quad(tile, t, BITS), shape), tl.broadcast_to(x[t], shape), lower)
-    if GROUP == 32:
+    if GROUP >= 32:
         upper = lower
     for t in tl.static_range(4, 8):
         upper = dp4a(tl.broadcast_to(quad(tile, t, BITS), shape), tl.broadcast_to(x[t], shape), upper)
     scale, minimum = half(tile[10], tile[11], tile[12], tile[13], False, GROUP, OFFSET, MIN_SIGN, HAS_SUB)
-    if GROUP == 32:
+    if GROUP >= 32:
         total = upper.to(tl.float32) * (scale * x[8])
         if MIN_SIGN != 0 or OFFSET != 0:
             total += minimum * x[9]
@@ -141,7 +141,7 @@ def with_sums(w0, w1, w2, w3, w4, w5, w6, w7, scale, GROUP: tl.constexpr, NEEDED
     if NEEDED:
         ones = tl.full(w0.shape, 0x01010101, tl.int32)
         low = dp4a(w3, ones, dp4a(w2, ones, dp4a(w1, ones, dp4a(w0, ones, tl.zeros_like(w0)))))
-        if GROUP == 32:
+        if GROUP >= 32:
             lower = dp4a(w7, ones, dp4a(w6, ones, dp4a(w5, ones, dp4a(w4, ones, low)))).to(tl.float32) * scale
         else:
             lower = low.to(tl.float32) * scale
@@ -186,7 +186,7 @@ def load_pair(
         if MIN_SIGN != 0:
             sm = load_word(sub_m + at, inside)
     scale, minimum = half(dd, mm, sd, sm, False, GROUP, OFFSET, MIN_SIGN, SUB)
-    if GROUP == 32:
+    if GROUP >= 32:
         return lower, upper, scale, minimum, scale, minimum
     else:
         scale_up, minimum_up = half(dd, mm, sd, sm, True, GROUP, OFFSET, MIN_SIGN, SUB)
@@ -202,7 +202,7 @@ def pair_sums(
     zero = tl.zeros(shape, tl.int32)
     first = dp4a(tl.broadcast_to(tile[0], shape), tl.broadcast_to(x_lower, shape), zero).to(tl.float32) * scale_lower
     second = dp4a(tl.broadcast_to(tile[1], shape), tl.broadcast_to(x_upper, shape), zero).to(tl.float32) * scale_upper
-    if GROUP == 32:
+    if GROUP >= 32:
         total = (first + second) * tile[2]
         if SUMS:
             total += tile[3] * (sum_lower + sum_upper)
