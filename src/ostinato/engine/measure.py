@@ -147,9 +147,11 @@ def _decode_once(
     runner: Runner, loaded: Loaded, context: int, batch: int, new_tokens: int, temperature: float
 ) -> float:
     scheduler = Scheduler(runner, loaded.budget.context)
-    params = SamplingParams(temperature=temperature, max_tokens=new_tokens, seed=1, ignore_eos=True)
+    # Sequences are admitted one after the other between steps: when the last one starts, the first has drawn ``batch``.
+    start = max(context - batch, 1)
+    params = SamplingParams(temperature=temperature, max_tokens=context + new_tokens - start, seed=1, ignore_eos=True)
     sequences = [
-        scheduler.add(Request(_random_prompt(loaded, context, row), params, frozenset()), num_cached=context - 1)
+        scheduler.add(Request(_random_prompt(loaded, start, row), params, frozenset()), num_cached=start - 1)
         for row in range(batch)
     ]
     while not all(s.tokens for s in sequences):
