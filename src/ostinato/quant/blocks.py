@@ -1,8 +1,8 @@
 """What the bytes of a block-quantized weight mean, in the one layout that every product here reads.
 
 A GGUF block interleaves scales with quants, which no vector load likes. At load the parts of all blocks of a tensor
-are split into *planes*; scales keep the file's bits, quants are only moved. Every GGUF integer type, and every type that
-``ostinato.quant.int4`` makes, is then one formula
+are split into *planes*; scales keep the file's bits, quants are only moved. Every GGUF integer type, and every type
+that ``ostinato.quant.int4`` makes, is then one formula
 
     weight[n, k] = scale[n, g] * (q[n, k] - offset) + minimum[n, g]         g = k // group
 

@@ -1,8 +1,8 @@
 """Block weights in the forms that PyTorch's own CPU products read.
 
-Four-bit kinds with groups of 32, 64 or 128 become PyTorch's packed int4 (``_weight_int4pack_mm_for_cpu``): quants keep their
-values, scale and minimum of a group are rounded to bfloat16. Eight-bit weights become int8 with one scale a row
-(``_weight_int8pack_mm``), rounded once more. All other kinds become dense bfloat16.
+Four-bit kinds with groups of 32, 64 or 128 become PyTorch's packed int4 (``_weight_int4pack_mm_for_cpu``): quants
+keep their values, scale and minimum of a group are rounded to bfloat16. Eight-bit weights become int8 with one scale a
+row (``_weight_int8pack_mm``), rounded once more. All other kinds become dense bfloat16.
 """
 
 from __future__ import annotations
