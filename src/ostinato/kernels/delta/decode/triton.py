@@ -1,0 +1,287 @@
+"""The fused decode kernel: one program has some value columns of one value head of one row.
+
+Every reduction of a program depends on its inputs alone and not on another reduction: with Sᵀk, Sᵀq and k·q at hand the
+result is o = decay Sᵀq + (k·q) change, so that nothing is summed over the new state, and the L2 norms only scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ostinato.errors import KernelError
+from ostinato.kernels.delta.ref import L2_EPS, PARTS
+from ostinato.kernels.launch import launch_options, num_multiprocessors
+from ostinato.kernels.triton import INTERPRETED, load_floats, trigger, wait
+
+
+@triton.jit
+def silu(x):
+    return x * tl.sigmoid(tl.maximum(x, -80.0))  # below that exp(-x) overflows
+
+
+@triton.jit
+def softplus(x):
+    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_triples(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _sum_pair(a, b, AXIS: tl.constexpr):
+    """Both sums in one exchange between threads."""
+    if INTERPRETED:
+        return tl.sum(a, AXIS), tl.sum(b, AXIS)
+    else:
+        return tl.reduce((a, b), AXIS, _add_pairs)
+
+
+@triton.jit
+def _sum_triple(a, b, c):
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
+    else:
+        return tl.reduce((a, b, c), 0, _add_triples)
+
+
+@triton.jit
+def _delta_decode_kernel(
+    qkvz,
+    h,
+    norm,
+    beta_alpha,
+    conv_weight,
+    a_log,
+    dt_bias,
+    gate_norm,
+    conv_state,
+    state,
+    slots,
+    positions,
+    active,
+    y,
+    squares,
+    norm_eps,
+    eps,
+    q_scale,
+    H: tl.constexpr,
+    QUADS: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DKP: tl.constexpr,
+    BV: tl.constexpr,
+    W: tl.constexpr,
+    SHARERS: tl.constexpr,
+    TILED: tl.constexpr,
+    DEFER: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    L2_EPS: tl.constexpr,
+    SLOTS_OF_SQUARES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    trigger(PDL)
+    part = tl.program_id(0) % SHARERS
+    head = tl.program_id(0) // SHARERS
+    row = tl.program_id(1)
+    C: tl.constexpr = 2 * HK * DK + HV * DV
+    key_head = head % HK if TILED else head // (HV // HK)
+    i = tl.arange(0, DKP)
+    v_column = part * BV + tl.arange(0, BV)
+    in_k = i < DK
+    in_v = v_column < DV
+    q_at = key_head * DK + i
+    k_at = HK * DK + q_at
+    v_at = 2 * HK * DK + head * DV + v_column
+
+    if not PREFETCH:
+        wait(PDL)
+    slot = tl.load(slots + row).to(tl.int64)
+    position = tl.load(positions + row)
+    runs = position >= 0
+    if HAS_ACTIVE:
+        runs = runs & (tl.load(active + row) != 0)
+    tile_at = state + (slot * HV + head) * (DK * DV) + i[:, None] * DV + v_column[None, :]
+    in_tile = in_k[:, None] & in_v[None, :]
+    tile = tl.load(tile_at, mask=in_tile & (position > 0), other=0.0).to(tl.float32)
+    ring = conv_state + slot * (W * C)
+    q = tl.zeros((DKP,), tl.float32)
+    k = tl.zeros((DKP,), tl.float32)
+    v = tl.zeros((BV,), tl.float32)
+    for back in tl.static_range(1, W):
+        tap = conv_weight + (W - 1 - back) * C
+        past = ring + (position - back + W) % W * C
+        known = position >= back
+        q += tl.load(past + q_at, mask=in_k & known, other=0.0) * tl.load(tap + q_at, mask=in_k, other=0.0)
+        k += tl.load(past + k_at, mask=in_k & known, other=0.0) * tl.load(tap + k_at, mask=in_k, other=0.0)
+        v += tl.load(past + v_at, mask=in_v & known, other=0.0) * tl.load(tap + v_at, mask=in_v, other=0.0)
+    last_tap = conv_weight + (W - 1) * C
+    q_tap = tl.load(last_tap + q_at, mask=in_k, other=0.0)
+    k_tap = tl.load(last_tap + k_at, mask=in_k, other=0.0)
+    v_tap = tl.load(last_tap + v_at, mask=in_v, other=0.0)
+    quad = 4 * tl.arange(0, QUADS)
+    in_h = quad < H
+    n0, n1, n2, n3 = load_floats(norm + quad, in_h)
+    b0, b1, b2, b3 = load_floats(beta_alpha + head * H + quad, in_h)
+    a0, a1, a2, a3 = load_floats(beta_alpha + (HV + head) * H + quad, in_h)
+    rate = tl.exp(tl.load(a_log + head))
+    bias = tl.load(dt_bias + head)
+    gain = tl.load(gate_norm + v_column, mask=in_v, other=0.0)
+    b0 *= n0
+    b1 *= n1
+    b2 *= n2
+    b3 *= n3
+    a0 *= n0
+    a1 *= n1
+    a2 *= n2
+    a3 *= n3
+    if PREFETCH:
+        wait(PDL)
+
+    x = qkvz + row.to(tl.int64) * (C + HV * DV)
+    q_new = tl.load(x + q_at, mask=in_k, other=0.0).to(tl.float32)
+    k_new = tl.load(x + k_at, mask=in_k, other=0.0).to(tl.float32)
+    v_new = tl.load(x + v_at, mask=in_v, other=0.0).to(tl.float32)
+    z = tl.load(x + C + head * DV + v_column, mask=in_v, other=0.0).to(tl.float32)
+    h0, h1, h2, h3 = load_floats(h + row.to(tl.int64) * H + quad, in_h)
+    q = silu(q + q_new * q_tap)
+    k = silu(k + k_new * k_tap)
+    v = silu(v + v_new * v_tap)
+    s_k, s_q = _sum_pair(tile * k[:, None], tile * q[:, None], 0)
+    qq, kk, kq = _sum_triple(q * q, k * k, k * q)
+    hh, hb, ha = _sum_triple(
+        (h0 * h0 + h1 * h1) + (h2 * h2 + h3 * h3),
+        (h0 * b0 + h1 * b1) + (h2 * b2 + h3 * b3),
+        (h0 * a0 + h1 * a1) + (h2 * a2 + h3 * a3),
+    )
+    scale = tl.rsqrt(hh / H + norm_eps)
+    beta = tl.sigmoid(tl.maximum(hb * scale, -80.0))
+    decay = tl.exp(-rate * softplus(ha * scale + bias))
+    k_scale = tl.rsqrt(kk + L2_EPS)
+    q_scale *= tl.rsqrt(qq + L2_EPS)
+    change = (v - s_k * (k_scale * decay)) * beta
+    o = s_q * (q_scale * decay) + change * (kq * k_scale * q_scale)
+
+    gated = o * gain * silu(z)
+    y_at = y + row.to(tl.int64) * (HV * DV) + head * DV + v_column
+    if DEFER:
+        tl.store(y_at, gated.to(y.dtype.element_ty), mask=in_v)
+        OWN: tl.constexpr = SLOTS_OF_SQUARES // SHARERS
+        own = tl.arange(0, OWN)
+        total = tl.where(own == 0, tl.sum(o * o, 0), 0.0)
+        tl.store(squares + (row * HV + head) * SLOTS_OF_SQUARES + part * OWN + own, total)
+    else:
+        gated *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps)
+        tl.store(y_at, gated.to(y.dtype.element_ty), mask=in_v)
+    new_tile = tile * decay + (k * k_scale)[:, None] * change[None, :]
+    tl.store(tile_at, new_tile.to(state.dtype.element_ty), mask=in_tile & runs)
+    # Entry position % W is read by nobody now: the programs that share a key head do not disturb each other.
+    now = ring + position % W * C
+    tl.store(now + v_at, v_new, mask=in_v & runs)
+    first = (head // HK if TILED else head % (HV // HK)) == 0
+    owns = runs & first & (part == 0)
+    tl.store(now + q_at, q_new, mask=in_k & owns)
+    tl.store(now + k_at, k_new, mask=in_k & owns)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """parts: programs that share a head (with ``defer_norm``), 1, 2 or 4. warps: of a program."""
+
+    parts: int
+    warps: int
+
+
+def choose(rows: int, heads: int, key_dim: int, value_dim: int, defer_norm: bool, multiprocessors: int) -> Tiling:
+    """As measured in docs/performance/kernels_delta.md."""
+    if not defer_norm:
+        return Tiling(1, 8 if key_dim * value_dim > 4096 else 4)
+    parts = PARTS
+    while parts > 1 and (rows * heads * parts > 2 * multiprocessors or value_dim // parts < 16):
+        parts //= 2
+    return Tiling(parts, 4 if parts == PARTS or key_dim * value_dim <= 4096 else 8)
+
+
+def delta_decode(
+    qkvz: torch.Tensor,
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    norm_eps: float,
+    beta_alpha: torch.Tensor,
+    conv_weight: torch.Tensor,
+    a_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    gate_norm: torch.Tensor,
+    eps: float,
+    conv_state: torch.Tensor,
+    state: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    active: torch.Tensor | None,
+    num_k_heads: int,
+    num_v_heads: int,
+    tiled: bool,
+    defer_norm: bool,
+    prefetch: bool,
+    tiling: Tiling | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch ``_delta_decode_kernel``; arguments and result as for ``ostinato.kernels.delta.delta_decode``."""
+    rows, hidden = h.shape
+    key_dim, value_dim = state.shape[2:]
+    if hidden % 4:
+        raise KernelError(f"delta_decode on a GPU takes a hidden size that is a multiple of 4, got {hidden}")
+    chosen = tiling or choose(rows, num_v_heads, key_dim, value_dim, defer_norm, num_multiprocessors(qkvz.device))
+    y = torch.empty((rows, num_v_heads * value_dim), dtype=qkvz.dtype, device=qkvz.device)
+    squares = torch.empty((rows, num_v_heads, PARTS) if defer_norm else (0,), dtype=torch.float32, device=qkvz.device)
+    _delta_decode_kernel[(num_v_heads * chosen.parts, rows)](
+        qkvz,
+        h,
+        norm,
+        beta_alpha,
+        conv_weight,
+        a_log,
+        dt_bias,
+        gate_norm,
+        conv_state,
+        state,
+        slots,
+        positions,
+        positions if active is None else active,
+        y,
+        squares,
+        norm_eps,
+        eps,
+        key_dim**-0.5,
+        H=hidden,
+        QUADS=triton.next_power_of_2(hidden // 4),
+        HK=num_k_heads,
+        HV=num_v_heads,
+        DK=key_dim,
+        DV=value_dim,
+        DKP=triton.next_power_of_2(key_dim),
+        BV=triton.next_power_of_2(value_dim) // chosen.parts,
+        W=conv_weight.shape[0],
+        SHARERS=chosen.parts,
+        TILED=tiled,
+        DEFER=defer_norm,
+        HAS_ACTIVE=active is not None,
+        PREFETCH=prefetch,
+        L2_EPS=L2_EPS,
+        SLOTS_OF_SQUARES=PARTS,
+        num_warps=chosen.warps,
+        **launch_options(qkvz.device),
+    )
+    return y, squares

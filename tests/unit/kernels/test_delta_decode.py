@@ -1,0 +1,103 @@
+"""The fused decode kernel of the delta rule, interpreted on the CPU or compiled on a GPU, against its reference."""
+
+import pytest
+import torch
+
+from ostinato.errors import KernelError
+from ostinato.kernels.delta.decode.triton import Tiling, choose
+from ostinato.kernels.delta.decode.triton import delta_decode as launch
+from ostinato.kernels.delta.ref import delta_decode_ref
+
+from .deltas import arguments, copied, distance, int32, with_past
+
+# Sums of at most a few hundred float32 products, taken in another order.
+FLOAT32 = 1e-5
+# The result is rounded to bfloat16 once, to 2^-9 of itself.
+BFLOAT16 = 4e-3
+
+
+def compare(
+    given: dict,
+    device: torch.device,
+    *,
+    active: torch.Tensor | None = None,
+    tiled: bool = False,
+    defer_norm: bool = False,
+    prefetch: bool = False,
+    tiling: Tiling | None = None,
+    tolerance: float = FLOAT32,
+    state_tolerance: float = FLOAT32,
+) -> None:
+    """Run both on copies of ``given`` and compare results and states; NaN stays where it was."""
+    expected, got = copied(given), copied(given, device)
+    runs = torch.ones_like(given["slots"]) if active is None else active
+    y_ref, squares_ref = delta_decode_ref(**expected, active=active, tiled=tiled, defer_norm=defer_norm)
+    y, squares = launch(
+        **got, active=None if active is None else active.to(device), tiled=tiled, defer_norm=defer_norm,
+        prefetch=prefetch, tiling=tiling,
+    )  # fmt: skip
+    assert y.dtype == y_ref.dtype
+    assert squares.shape == squares_ref.shape
+    chosen = runs != 0
+    assert distance(y.cpu()[chosen], y_ref[chosen]) < tolerance
+    if defer_norm:
+        assert distance(squares.cpu().sum(-1)[chosen], squares_ref.sum(-1)[chosen]) < FLOAT32
+    for name in ("conv_state", "state"):
+        ours, theirs = got[name].cpu().float(), expected[name].float()
+        assert torch.equal(ours.isnan(), theirs.isnan()), f"{name}: entries of others were written, or own ones not"
+        assert distance(ours.nan_to_num(0.0), theirs.nan_to_num(0.0)) < state_tolerance, name
+
+
+@pytest.mark.parametrize("positions", [[0], [1], [2], [3], [4], [9, 0, 2]], ids=str)
+def test_positions(positions: list[int], device: torch.device) -> None:
+    compare(with_past(arguments(len(positions)), positions), device)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_deferred_norm_in_parts(parts: int, device: torch.device) -> None:
+    given = with_past(arguments(2, value_dim=32), [5, 0])
+    compare(given, device, defer_norm=True, tiling=Tiling(parts, 1), prefetch=True)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize(("key_dim", "value_dim", "hidden", "width"), [(8, 24, 20, 2), (24, 8, 40, 3)])
+def test_odd_sizes(key_dim: int, value_dim: int, hidden: int, width: int, tiled: bool, device: torch.device) -> None:
+    given = arguments(2, 3, 6, key_dim, value_dim, hidden, width)
+    compare(with_past(given, [4, 1]), device, tiled=tiled)
+    compare(with_past(given, [4, 1]), device, tiled=tiled, defer_norm=True, tiling=Tiling(2, 2))
+
+
+def test_inactive_rows_leave_their_states(device: torch.device) -> None:
+    given = with_past(arguments(3), [5, 3, 0])
+    compare(given, device, active=int32(1, 0, 0))
+    compare(given, device, active=int32(0, 1, 1), defer_norm=True)
+
+
+def test_rows_of_permuted_slots(device: torch.device) -> None:
+    given = with_past(arguments(2), [6, 2, 0])
+    compare(given | {"slots": int32(1, 0), "positions": int32(2, 6)}, device)
+
+
+def test_bfloat16(device: torch.device) -> None:
+    given = with_past(arguments(2, dtype=torch.bfloat16), [5, 0])
+    compare(given, device, tolerance=BFLOAT16)
+
+
+def test_bfloat16_state(device: torch.device) -> None:
+    given = with_past(arguments(2, state_dtype=torch.bfloat16), [5, 0])
+    # The interpreter rounds to bfloat16 by cutting off: up to a unit, 2^-7, of which the root mean square is 2^-7 / √3.
+    compare(given, device, state_tolerance=6e-3)
+
+
+def test_hidden_sizes_that_are_no_multiple_of_four_are_refused(device: torch.device) -> None:
+    given = with_past(arguments(1, hidden=26), [0])
+    with pytest.raises(KernelError, match="multiple of 4, got 26"):
+        compare(given, device)
+
+
+def test_parts_fill_the_gpu_and_no_more() -> None:
+    assert choose(1, 32, 128, 128, True, 132).parts == 4
+    assert choose(4, 32, 128, 128, True, 132).parts == 2
+    assert choose(64, 32, 128, 128, True, 132).parts == 1
+    assert choose(1, 32, 128, 128, False, 132).parts == 1
+    assert choose(1, 4, 16, 16, True, 132).parts == 1
