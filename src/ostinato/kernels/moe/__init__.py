@@ -1,0 +1,176 @@
+"""A mixture-of-experts block: norm, router, top-k, gated experts, shared expert and residual in one op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ostinato.errors import KernelError
+from ostinato.kernels.moe.ref import Stack, moe_block_ref
+from ostinato.kernels.registry import register
+from ostinato.quant.blocks import KINDS, BlockWeight
+
+__all__ = ["moe_block"]
+
+DENSE = "dense"
+PLANES = ("words", "d", "high", "m", "sub_d", "sub_m")
+
+
+def moe_block(
+    h: torch.Tensor,
+    *,
+    norm: torch.Tensor,
+    eps: float,
+    router: torch.Tensor,
+    gate_up: Stack,
+    down: Stack,
+    num_experts: int,
+    top_k: int,
+    normalize: bool = True,
+    shared_gate: torch.Tensor | None = None,
+    has_shared: bool = False,
+) -> torch.Tensor:
+    """h + Σ_k w_k · down_k(silu(gate_k x̂) · up_k x̂) + w_shared · shared(x̂) with x̂ = rms_norm(h, norm, eps).
+
+    h: float32 [M, H], contiguous; it is not written. norm: float32 [H]. router: float32 or bfloat16 [E, H].
+    gate_up, down: stacks of E experts, or of E + 1 with ``has_shared``, whose last is the shared one: block weights of
+    (E · 2F, H) and (E · H, F), or float tensors [E, 2F, H] and [E, H, F]. An expert has F gate rows, then F up rows.
+    w_k: softmax of the chosen ``top_k`` logits or, without ``normalize``, of all. w_shared: sigmoid(shared_gate · x̂)
+    for a shared_gate [H] or [1, H] of the router's dtype, else 1. Returns float32 [M, H]. Raises KernelError.
+
+    On a GPU up to 64 rows are rounded to int8, four columns to a scale, before products with block weights, and more
+    are rounded to bfloat16; logits and sums are float32. Logits that agree in their upper 32 - log2(E) bits may count
+    as equal when experts are chosen; of equal ones the lower number wins. Dense stacks are multiplied in float32.
+    """
+    gate = None if shared_gate is None else shared_gate.reshape(-1)
+    _check(h, norm, router, gate_up, down, num_experts, top_k, gate, has_shared)
+    if h.device.type == "cpu":
+        return moe_block_ref(
+            h, norm=norm, eps=eps, router=router, gate_up=gate_up, down=down, num_experts=num_experts, top_k=top_k,
+            normalize=normalize, shared_gate=gate, has_shared=has_shared,
+        )  # fmt: skip
+    result: torch.Tensor = _moe_block(
+        h, norm, eps, router, gate, *_operands(gate_up), *_operands(down), num_experts, top_k, normalize, has_shared
+    )
+    return result
+
+
+def _check(
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    router: torch.Tensor,
+    gate_up: Stack,
+    down: Stack,
+    num_experts: int,
+    top_k: int,
+    gate: torch.Tensor | None,
+    has_shared: bool,
+) -> None:
+    if h.dim() != 2 or h.dtype != torch.float32 or not h.is_contiguous():
+        raise KernelError(f"moe_block takes a contiguous float32 h [M, H], got {tuple(h.shape)} {h.dtype}")
+    hidden = h.shape[1]
+    if norm.shape != (hidden,) or norm.dtype != torch.float32 or not norm.is_contiguous():
+        raise KernelError(f"moe_block takes a float32 norm [{hidden}], got {tuple(norm.shape)} {norm.dtype}")
+    floats = (torch.float32, torch.bfloat16)
+    if router.shape != (num_experts, hidden) or router.dtype not in floats or not router.is_contiguous():
+        raise KernelError(
+            f"moe_block takes a contiguous router [{num_experts}, {hidden}] of float32 or bfloat16, got"
+            f" {tuple(router.shape)} {router.dtype}"
+        )
+    if not 1 <= top_k <= num_experts:
+        raise KernelError(f"moe_block takes 1 … {num_experts} experts a token, got top_k = {top_k}")
+    if gate is not None and (gate.shape != (hidden,) or gate.dtype != router.dtype or not gate.is_contiguous()):
+        raise KernelError(
+            f"moe_block takes a shared_gate [{hidden}] of the router's {router.dtype}, got {tuple(gate.shape)}"
+            f" {gate.dtype}"
+        )
+    if gate is not None and not has_shared:
+        raise KernelError("moe_block takes a shared_gate only with has_shared, where the stacks hold a shared expert")
+    if isinstance(gate_up, BlockWeight) != isinstance(down, BlockWeight):
+        raise KernelError("moe_block takes gate_up and down both as block weights or both as dense tensors")
+    total = num_experts + has_shared
+    width = down.shape[-1]
+    if isinstance(gate_up, BlockWeight):
+        expected: tuple[tuple[int, ...], tuple[int, ...]] = ((total * 2 * width, hidden), (total * hidden, width))
+    else:
+        expected = ((total, 2 * width, hidden), (total, hidden, width))
+    for name, stack, shape in (("gate_up", gate_up, expected[0]), ("down", down, expected[1])):
+        if tuple(stack.shape) != shape:
+            raise KernelError(f"moe_block takes {name} {shape} for {total} experts, got {tuple(stack.shape)}")
+        if isinstance(stack, torch.Tensor) and not stack.is_floating_point():
+            raise KernelError(f"moe_block takes {name} of floats or a block weight, got {stack.dtype}")
+    places = {"norm": norm, "router": router, "gate_up": gate_up, "down": down, "shared_gate": gate}
+    for name, tensor in places.items():
+        if tensor is not None and tensor.device != h.device:
+            raise KernelError(f"moe_block: h is on {h.device} and {name} on {tensor.device}: move them to one device")
+
+
+def _operands(stack: Stack) -> tuple[list[torch.Tensor | None], str]:
+    """A stack as the registered op takes it: its planes and the name of its kind, or a tensor and ``dense``."""
+    if isinstance(stack, torch.Tensor):
+        return [stack], DENSE
+    return [getattr(stack, name) for name in PLANES], stack.kind.name
+
+
+def stack_of(planes: Sequence[torch.Tensor | None], kind: str, columns: int) -> Stack:
+    """The stack that ``_operands`` took apart; ``columns`` is K."""
+    first = planes[0]
+    assert first is not None, "a stack has at least its words"
+    if kind == DENSE:
+        return first
+    found = {name: plane for name, plane in zip(PLANES, planes, strict=True) if plane is not None}
+    return BlockWeight(KINDS[kind], (first.shape[0], columns), **found)
+
+
+def _moe_block_cpu(
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    router: torch.Tensor,
+    shared_gate: torch.Tensor | None,
+    gate_up: Sequence[torch.Tensor | None],
+    gate_up_kind: str,
+    down: Sequence[torch.Tensor | None],
+    down_kind: str,
+    num_experts: int,
+    top_k: int,
+    normalize: bool,
+    has_shared: bool,
+) -> torch.Tensor:
+    first = gate_up[0]
+    assert first is not None, "a stack has at least its words"
+    width = first.shape[-2] // (2 if gate_up_kind == DENSE else 2 * (num_experts + has_shared))
+    return moe_block_ref(
+        h, norm=norm, eps=eps, router=router, gate_up=stack_of(gate_up, gate_up_kind, h.shape[1]),
+        down=stack_of(down, down_kind, width), num_experts=num_experts, top_k=top_k, normalize=normalize,
+        shared_gate=shared_gate, has_shared=has_shared,
+    )  # fmt: skip
+
+
+def _moe_block_fake(
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    router: torch.Tensor,
+    shared_gate: torch.Tensor | None,
+    gate_up: Sequence[torch.Tensor | None],
+    gate_up_kind: str,
+    down: Sequence[torch.Tensor | None],
+    down_kind: str,
+    num_experts: int,
+    top_k: int,
+    normalize: bool,
+    has_shared: bool,
+) -> torch.Tensor:
+    return torch.empty_like(h)
+
+
+_moe_block = register(
+    "moe_block(Tensor h, Tensor norm, float eps, Tensor router, Tensor? shared_gate, Tensor?[] gate_up,"
+    " str gate_up_kind, Tensor?[] down, str down_kind, int num_experts, int top_k, bool normalize, bool has_shared)"
+    " -> Tensor",
+    reference=_moe_block_cpu,
+    kernel="ostinato.kernels.moe.triton:moe_block",
+    fake=_moe_block_fake,
+)

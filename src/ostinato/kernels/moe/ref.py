@@ -1,0 +1,109 @@
+"""The mixture-of-experts block in plain PyTorch: the truth, a model of the int8 kernels, and a form for captures."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ostinato.kernels.rms_norm.ref import quantize_rows_ref, rms_norm_ref
+from ostinato.quant.blocks import BlockWeight, dequantize
+
+Stack = BlockWeight | torch.Tensor
+
+
+def route(
+    logits: torch.Tensor, top_k: int, normalize: bool, shared_logit: torch.Tensor | None, has_shared: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts int64 [M, k] and their weights float32 [M, k] of logits float32 [M, E], the largest first.
+
+    With has_shared, a last column holds the shared expert: number E, weight sigmoid(shared_logit [M]) or 1.
+    """
+    values, ids = torch.topk(logits, top_k, dim=-1)
+    weights = torch.softmax(values, -1) if normalize else torch.softmax(logits, -1).gather(-1, ids)
+    if has_shared:
+        ones = torch.ones_like(weights[:, :1])
+        shared = ones if shared_logit is None else torch.sigmoid(shared_logit)[:, None]
+        ids = torch.cat((ids, torch.full_like(ids[:, :1], logits.shape[1])), dim=1)
+        weights = torch.cat((weights, shared), dim=1)
+    return ids, weights
+
+
+def moe_block_ref(
+    h: torch.Tensor,
+    *,
+    norm: torch.Tensor,
+    eps: float,
+    router: torch.Tensor,
+    gate_up: Stack,
+    down: Stack,
+    num_experts: int,
+    top_k: int,
+    normalize: bool = True,
+    shared_gate: torch.Tensor | None = None,
+    has_shared: bool = False,
+    int8_group: int | None = None,
+) -> torch.Tensor:
+    """What ``moe_block`` means, in float32, one chosen expert after the other.
+
+    int8_group: round the inputs of the experts' products to int8 with a scale for so many columns, as kernels do.
+    """
+    x = rms_norm_ref(h, norm, eps, torch.float32)
+    shared_logit = None if shared_gate is None else x @ shared_gate.reshape(-1).float()
+    ids, weights = route(x @ router.float().T, top_k, normalize, shared_logit, has_shared)
+    inputs = _rounded(x, int8_group)
+    total = h.clone()
+    for expert in ids.unique().tolist():
+        tokens, picks = torch.where(ids == expert)
+        gate, up = (inputs[tokens] @ _expert(gate_up, expert, num_experts + has_shared).T).chunk(2, dim=-1)
+        inner = _rounded(F.silu(gate) * up, int8_group)
+        product = inner @ _expert(down, expert, num_experts + has_shared).T
+        total.index_add_(0, tokens, product * weights[tokens, picks][:, None])
+    return total
+
+
+def moe_block_dense(
+    h: torch.Tensor,
+    *,
+    norm: torch.Tensor,
+    eps: float,
+    router: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    top_k: int,
+    normalize: bool,
+    shared_gate: torch.Tensor | None,
+    has_shared: bool,
+) -> torch.Tensor:
+    """The same for dense stacks, in operations whose shapes do not depend on data, so that it can be captured.
+
+    Few picks gather the matrices of each; many multiply every expert by every token, most of them with weight 0.
+    """
+    x = rms_norm_ref(h, norm, eps, torch.float32)
+    shared_logit = None if shared_gate is None else x @ shared_gate.reshape(-1).float()
+    ids, weights = route(x @ router.float().T, top_k, normalize, shared_logit, has_shared)
+    if ids.numel() <= gate_up.shape[0]:
+        chosen = ids.flatten()
+        inputs = x.repeat_interleave(ids.shape[1], dim=0)[:, :, None]
+        gate, up = (gate_up[chosen].float() @ inputs).chunk(2, dim=1)
+        product = (down[chosen].float() @ (F.silu(gate) * up)).view(*ids.shape, -1)
+        return h + (product * weights[:, :, None]).sum(1)
+    spread = torch.zeros(h.shape[0], gate_up.shape[0], device=h.device).scatter_(1, ids, weights)
+    total = h.clone()
+    for expert in range(gate_up.shape[0]):
+        gate, up = (x @ gate_up[expert].float().T).chunk(2, dim=-1)
+        total += (F.silu(gate) * up) @ down[expert].float().T * spread[:, expert, None]
+    return total
+
+
+def _expert(stack: Stack, expert: int, total: int) -> torch.Tensor:
+    if isinstance(stack, torch.Tensor):
+        return stack[expert].float()
+    rows = stack.shape[0] // total
+    return dequantize(stack.slice_rows(expert * rows, (expert + 1) * rows))
+
+
+def _rounded(x: torch.Tensor, group: int | None) -> torch.Tensor:
+    if group is None:
+        return x
+    quantized, scale = quantize_rows_ref(x, group)
+    return quantized.float() * scale.repeat_interleave(group, dim=1)

@@ -1,0 +1,108 @@
+"""The mixture-of-experts block's reference, its checks, and its node for tracing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ostinato.errors import KernelError
+from ostinato.kernels.moe import moe_block
+from ostinato.kernels.moe.ref import moe_block_dense, moe_block_ref
+from ostinato.quant.blocks import dequantize
+
+from .moe_cases import MoeCase, random_case
+
+
+def one_by_one(case: MoeCase) -> torch.Tensor:
+    """The block in float64, a token and an expert at a time."""
+    h = case.h.double()
+    total = case.num_experts + case.has_shared
+    rows = []
+    for row in h:
+        x = row / torch.sqrt(row.square().mean() + case.eps) * case.norm.double()
+        logits = case.router.double() @ x
+        chosen = sorted(range(case.num_experts), key=lambda e: -float(logits[e]))[: case.top_k]
+        scores = logits[chosen] if case.normalize else logits
+        weights = {e: float((logits[e] - scores.logsumexp(0)).exp()) for e in chosen}
+        if case.has_shared:
+            weights[case.num_experts] = (
+                1.0 if case.shared_gate is None else float((case.shared_gate.double() @ x).sigmoid())
+            )
+        out = row.clone()
+        for expert, weight in weights.items():
+            gate_up, down = (
+                (dequantize(s).view(total, -1, s.shape[1]) if not isinstance(s, torch.Tensor) else s)[expert].double()
+                for s in (case.gate_up, case.down)
+            )
+            gate, up = (gate_up @ x).chunk(2)
+            out += weight * (down @ (F.silu(gate) * up))
+        rows.append(out)
+    return torch.stack(rows).float()
+
+
+CASES = {
+    "shared, normalized": {},
+    "no shared": {"has_shared": False},
+    "softmax over all": {"normalize": False},
+    "shared without a gate": {"gated_shared": False},
+    "dense": {"gate_up_kind": None, "down_kind": None},
+    "dense, no shared": {"gate_up_kind": None, "down_kind": None, "has_shared": False},
+    "float32 router, kinds differ": {"router_dtype": torch.float32, "down_kind": "Q8_0"},
+}
+
+
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_the_public_op_on_the_cpu_is_what_the_formula_says(options, m):
+    case = random_case(m, torch.device("cpu"), **options)
+    before = case.h.clone()
+    torch.testing.assert_close(moe_block(case.h, **case.arguments()), one_by_one(case), rtol=1e-5, atol=1e-5)
+    assert torch.equal(case.h, before)
+
+
+@pytest.mark.parametrize("m", [1, 2, 9])
+@pytest.mark.parametrize("has_shared", [False, True])
+def test_the_form_for_captures_is_the_reference(m, has_shared):
+    case = random_case(m, torch.device("cpu"), gate_up_kind=None, down_kind=None, has_shared=has_shared)
+    arguments = case.arguments()
+    del arguments["num_experts"]
+    torch.testing.assert_close(
+        moe_block_dense(case.h, **arguments), moe_block_ref(case.h, **case.arguments()), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_rounding_to_int8_costs_little():
+    case = random_case(3, torch.device("cpu"))
+    exact = moe_block_ref(case.h, **case.arguments()) - case.h
+    rounded = moe_block_ref(case.h, **case.arguments(), int8_group=4) - case.h
+    # a step of int8 is 1/127 of the largest of four, uniform rounding: 0.3 % of a random sum, in three factors
+    assert 0 < (rounded - exact).norm() < 0.015 * exact.norm()
+
+
+def test_one_node_for_tracing():
+    case = random_case(3, torch.device("cpu"))
+    meta = case.to("meta")
+    found = moe_block(meta.h, **meta.arguments())
+    assert (found.shape, found.dtype, found.device.type) == (case.h.shape, torch.float32, "meta")
+
+
+def test_misfits_are_refused_in_one_line():
+    case = random_case(2, torch.device("cpu"))
+    assert not isinstance(case.gate_up, torch.Tensor)
+    for changed, said in (
+        ({"h": case.h.bfloat16()}, "float32 h"),
+        ({"norm": case.norm[:-1].clone()}, "float32 norm"),
+        ({"router": case.router.half()}, "float32 or bfloat16"),
+        ({"router": case.router[:-1].contiguous()}, "router"),
+        ({"top_k": 0}, "top_k = 0"),
+        ({"shared_gate": case.router[0].float()}, "router's torch.bfloat16"),
+        ({"has_shared": False}, "only with has_shared"),
+        ({"down": torch.zeros(9, 64, 32)}, "both as block weights"),
+        ({"gate_up": case.gate_up.slice_rows(0, 64)}, r"gate_up \(576, 64\) for 9 experts"),
+        ({"norm": case.norm.to("meta")}, "move them to one device"),
+    ):
+        bad = replace(case, **changed)
+        with pytest.raises(KernelError, match=said) as caught:
+            moe_block(bad.h, **bad.arguments())
+        assert "\n" not in str(caught.value)
