@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ostinato.errors import KernelError
+from ostinato.kernels.block_linear.ref import block_linear_ref
 from ostinato.kernels.grouped_linear import (
     PickSchedule,
     grouped_down,
@@ -12,10 +13,11 @@ from ostinato.kernels.grouped_linear import (
     packed_matmul,
     sort_picks,
 )
-from ostinato.kernels.grouped_linear.ref import sort_picks_ref
-from ostinato.quant.blocks import dequantize
+from ostinato.kernels.grouped_linear.ref import grouped_down_ref, grouped_gate_up_ref, sort_picks_ref
+from ostinato.kernels.registry import load
+from ostinato.quant.blocks import KINDS, dequantize
 
-from .block_weights import random_weight
+from .block_weights import operands, random_weight
 
 CPU = torch.device("cpu")
 
@@ -118,3 +120,90 @@ def test_reference_of_the_schedule_serves_the_registered_op(tokens):
     again = sort_picks_ref(ids, 4, 16)
     assert torch.equal(order, again[0])
     assert torch.equal(blocks, again[1])
+
+
+def kernel(name):
+    return load(f"ostinato.kernels.grouped_linear.triton:{name}")
+
+
+def tiles(tokens, rows=32, groups=2, **more):
+    return kernel("ProductTiles")(tokens, rows, groups, warps=4, stages=2, **more)
+
+
+def assert_close_to_bfloat16(found, expected, magnitude):
+    """Sums of products whose factors were rounded to bfloat16 (the interpreter truncates): 2 * 2**-8 of magnitudes."""
+    assert found.isfinite().all()
+    assert (found.float() - expected).abs().max() <= 2**-7 * float(magnitude.max())
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 70])
+def test_sorting_kernel_makes_the_schedule_of_the_reference(tokens, device):
+    ids = random_ids(tokens, 4, 9).to(device)
+    ids[ids == 3] = 4  # an expert without picks, and tokens that pick one twice
+    order, blocks = kernel("sort_picks")(ids, 9, 16)
+    again = sort_picks_ref(ids.cpu(), 9, 16)
+    assert torch.equal(order.cpu(), again[0])
+    used = blocks[:, 1] < blocks[:, 2]
+    assert torch.equal(used.cpu(), again[1][:, 1] < again[1][:, 2])
+    assert torch.equal(blocks[used].cpu(), again[1][used.cpu()])
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_product_kernel_multiplies_every_kind(kind, swap, device):
+    k = 256 if KINDS[kind].has_sub else 384 if KINDS[kind].block == 128 else 192
+    weight = random_weight(kind, 37, k, device)
+    x = torch.randn(19, k, device=device).bfloat16()
+    bias, residual = torch.randn(37, device=device), torch.randn(19, 37, device=device)
+    found = kernel("packed_matmul")(
+        x, *operands(weight), bias, residual, None, torch.float32, tiles(16, groups=4, swap=swap)
+    )
+    magnitude = x.float().abs() @ dequantize(weight).abs().T
+    assert_close_to_bfloat16(found, block_linear_ref(x, weight, bias=bias, residual=residual), magnitude)
+
+
+@pytest.mark.parametrize("gated", ["silu", "gelu_tanh"])
+def test_product_kernel_gates(gated, device):
+    weight = random_weight("Q4_K", 2 * 19, 256, device)
+    x = torch.randn(17, 512, device=device).bfloat16()[:, 3:259]  # rows of any stride and start
+    bias = torch.randn(38, device=device).bfloat16()
+    found = kernel("packed_matmul")(x, *operands(weight), bias, None, gated, torch.bfloat16, tiles(16, 16))
+    expected = block_linear_ref(x, weight, bias=bias, gated=gated)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected.float()).norm() < 0.01 * expected.float().norm()
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("tokens", [3, 41])
+def test_mixture_kernels_gather_gate_and_add_up(tokens, swap, device):
+    experts, top_k, hidden, width = 5, 3, 64, 32
+    gate_up = random_weight("Q4_0", experts * 2 * width, hidden, device)
+    down = random_weight("Q4_1", experts * hidden, width, device)
+    x = torch.randn(tokens, hidden, device=device).bfloat16()
+    ids = random_ids(tokens, top_k, experts).to(device)
+    weights, residual = torch.rand(tokens, top_k, device=device), torch.randn(tokens, hidden, device=device)
+    order, blocks = (t.to(device) for t in sort_picks_ref(ids.cpu(), experts, 16))
+    chosen = tiles(16, swap=swap)
+    act = kernel("grouped_gate_up")(
+        x, *operands(gate_up), order, blocks, experts, top_k, 16, "silu", torch.bfloat16, chosen
+    )
+    expected = grouped_gate_up_ref(x, gate_up, order, blocks, experts, top_k, "silu", torch.float32)
+    assert (act.float() - expected).norm() < 0.01 * expected.norm()
+    found = kernel("grouped_down")(
+        act, *operands(down), order, blocks, experts, 16, weights, residual, torch.float32, chosen
+    )
+    expected = grouped_down_ref(act, down, order, blocks, experts, weights, residual, torch.float32)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < 0.01 * (expected - residual).norm()
+
+
+def test_no_tokens_are_no_work(device):
+    weight = random_weight("Q4_0", 4 * 64, 32, device)
+    ids, x = torch.zeros(0, 2, dtype=torch.int32, device=device), torch.zeros(0, 32, device=device)
+    order, blocks = kernel("sort_picks")(ids, 4, 16)
+    assert not (blocks[:, 1] < blocks[:, 2]).any()
+    act = kernel("grouped_gate_up")(x, *operands(weight), order, blocks, 4, 2, 16, "silu", torch.float32)
+    out = kernel("grouped_down")(act, *operands(weight), order, blocks, 4, 16, x.new_zeros(0, 2), None, torch.float32)
+    assert act.shape == (0, 32)
+    assert out.shape == (0, 64)
+    assert kernel("packed_matmul")(x, *operands(weight), None, None, None, torch.float32).shape == (0, 256)
