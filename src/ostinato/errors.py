@@ -10,6 +10,7 @@ OstinatoError                  one line: what was wrong, and what to do
 │   ├── GGUFError              … a GGUF file: truncated, wrong magic, unknown type
 │   ├── CheckpointError        … a Hugging Face directory: missing or extra tensors, a missing shard
 │   └── TokenizerError         … its tokenizer or chat template
+├── ConversionError            a model could not be converted: where to, or what is in the way
 ├── UnsupportedModelError      an architecture, or a setting of one, that no model file here implements
 ├── ContextLengthError         a prompt or request that is longer than the context
 ├── MemoryBudgetError          weights, KV and buffers do not fit; says what would
@@ -64,6 +65,10 @@ class CheckpointError(ModelFileError):
 
 class TokenizerError(ModelFileError):
     """The tokenizer or the chat template of a model cannot be used."""
+
+
+class ConversionError(OstinatoError):
+    """A model could not be converted: the destination, its disk, or what is left of another conversion."""
 
 
 class UnsupportedModelError(OstinatoError):

@@ -84,6 +84,21 @@ KINDS: dict[str, BlockKind] = {
 }
 
 
+def plane_columns(kind: BlockKind, k: int) -> dict[str, tuple[int, torch.dtype]]:
+    """The planes that a weight of ``k`` columns has: name → (columns, dtype), in BlockWeight's order."""
+    scales, subs = (k // kind.super_group, torch.float16), (k // kind.group, torch.int8)
+    planes = {"words": (k // 4 if kind.bits == 8 else k // 8, torch.int32), "d": scales}
+    if kind.bits in (5, 6):
+        planes["high"] = (k // 32 if kind.bits == 5 else k // 16, torch.int32)
+    if kind.min_sign:
+        planes["m"] = scales
+    if kind.has_sub:
+        planes["sub_d"] = subs
+        if kind.min_sign:
+            planes["sub_m"] = subs
+    return planes
+
+
 @dataclass(frozen=True, eq=False)
 class BlockWeight:
     """A block-quantized matrix of N rows (outputs) and K columns (inputs).
@@ -163,6 +178,25 @@ def quants(weight: BlockWeight) -> torch.Tensor:
         upper = (lanes >> shifts) & ((1 << width) - 1)
         q = q | (upper.reshape(n, k // 32, 32) << 4)
     return q.reshape(n, k).view(torch.int8)
+
+
+def pack_quants(q: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``words`` and ``high`` of quants in natural order, the inverse of ``quants``.
+
+    q: uint8 [N, K] below 2**bits for 4 and 6 bits, int8 [N, K] for 8. K: a multiple of 32.
+    """
+    n, k = q.shape
+    assert bits in (4, 6, 8)
+    assert k % 32 == 0
+    if bits == 8:
+        return q.contiguous().view(torch.int32), None
+    halves = q.view(n, k // 32, 2, 16)  # quads 0-3, then 4-7
+    words = (halves[:, :, 0] & 15) | ((halves[:, :, 1] & 15) << 4)
+    if bits == 4:
+        return words.view(n, k // 2).view(torch.int32), None
+    upper = (q >> 4).view(n, k // 32, 2, 4, 4)  # a word of the high plane holds four quads, two bits each
+    high = upper[..., 0, :] | (upper[..., 1, :] << 2) | (upper[..., 2, :] << 4) | (upper[..., 3, :] << 6)
+    return words.view(n, k // 2).view(torch.int32), high.view(n, k // 4).view(torch.int32)
 
 
 def scales(weight: BlockWeight) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 
 from ostinato.errors import KernelError
-from ostinato.quant.blocks import KINDS, BlockWeight
+from ostinato.quant.blocks import KINDS, BlockWeight, plane_columns
 
 Planes = dict[str, torch.Tensor]
 
@@ -124,7 +124,8 @@ def pack(raw: torch.Tensor, kind: GGUFType, k: int) -> BlockWeight | torch.Tenso
         values.view(torch.uint8).copy_(raw)
         return values
 
-    planes = _empty_planes(kind, n, k, raw.device)
+    columns = plane_columns(KINDS[kind.name], k)
+    planes = {name: torch.empty(n, wide, dtype=dtype, device=raw.device) for name, (wide, dtype) in columns.items()}
     split = _SPLIT[kind.name]
     blocks_per_row = k // kind.block
     blocks = raw.view(n * blocks_per_row, kind.num_bytes)
@@ -134,28 +135,6 @@ def pack(raw: torch.Tensor, kind: GGUFType, k: int) -> BlockWeight | torch.Tenso
         part = slice(start, start + chunk)
         split(blocks[part], {name: plane[part] for name, plane in per_block.items()})
     return BlockWeight(KINDS[kind.name], (n, k), **planes)
-
-
-def _empty_planes(kind: GGUFType, n: int, k: int, device: torch.device) -> Planes:
-    """Uninitialized planes as ``BlockWeight`` documents them."""
-    block = KINDS[kind.name]
-
-    def empty(columns: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(n, columns, dtype=dtype, device=device)
-
-    planes = {
-        "words": empty(k // 4 if block.bits == 8 else k // 8, torch.int32),
-        "d": empty(k // block.super_group, torch.float16),
-    }
-    if block.bits in (5, 6):
-        planes["high"] = empty(k // 32 if block.bits == 5 else k // 16, torch.int32)
-    if block.min_sign:
-        planes["m"] = empty(k // block.super_group, torch.float16)
-    if block.has_sub:
-        planes["sub_d"] = empty(k // block.group, torch.int8)
-        if block.min_sign:
-            planes["sub_m"] = empty(k // block.group, torch.int8)
-    return planes
 
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
