@@ -39,6 +39,11 @@ def _add_triples(a, b, c, d, e, f):
 
 
 @triton.jit
+def _add_sixes(a, b, c, d, e, f, g, h, i, j, k, l):
+    return a + g, b + h, c + i, d + j, e + k, f + l
+
+
+@triton.jit
 def _sum_pair(a, b, AXIS: tl.constexpr):
     """Both sums in one exchange between threads."""
     if INTERPRETED:
@@ -53,6 +58,17 @@ def _sum_triple(a, b, c):
         return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
     else:
         return tl.reduce((a, b, c), 0, _add_triples)
+
+
+@triton.jit
+def _sum_six(a, b, c, d, e, f):
+    """Six sums in one exchange, where all tensors have one shape."""
+    if INTERPRETED or a.shape[0] != d.shape[0]:
+        a, b, c = _sum_triple(a, b, c)
+        d, e, f = _sum_triple(d, e, f)
+        return a, b, c, d, e, f
+    else:
+        return tl.reduce((a, b, c, d, e, f), 0, _add_sixes)
 
 
 @triton.jit
@@ -76,7 +92,8 @@ def _delta_decode_kernel(
     eps,
     q_scale,
     H: tl.constexpr,
-    QUADS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
     HK: tl.constexpr,
     HV: tl.constexpr,
     DK: tl.constexpr,
@@ -132,7 +149,7 @@ def _delta_decode_kernel(
     q_tap = tl.load(last_tap + q_at, mask=in_k, other=0.0)
     k_tap = tl.load(last_tap + k_at, mask=in_k, other=0.0)
     v_tap = tl.load(last_tap + v_at, mask=in_v, other=0.0)
-    quad = 4 * tl.arange(0, QUADS)
+    quad = 4 * (tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :])
     in_h = quad < H
     n0, n1, n2, n3 = load_floats(norm + quad, in_h)
     b0, b1, b2, b3 = load_floats(beta_alpha + head * H + quad, in_h)
@@ -161,12 +178,11 @@ def _delta_decode_kernel(
     k = silu(k + k_new * k_tap)
     v = silu(v + v_new * v_tap)
     s_k, s_q = _sum_pair(tile * k[:, None], tile * q[:, None], 0)
-    qq, kk, kq = _sum_triple(q * q, k * k, k * q)
-    hh, hb, ha = _sum_triple(
-        (h0 * h0 + h1 * h1) + (h2 * h2 + h3 * h3),
-        (h0 * b0 + h1 * b1) + (h2 * b2 + h3 * b3),
-        (h0 * a0 + h1 * a1) + (h2 * a2 + h3 * a3),
-    )
+    # Axis 0 lies within a thread; what is left has the layout of q and k where LANES is DKP.
+    hh = tl.sum((h0 * h0 + h1 * h1) + (h2 * h2 + h3 * h3), 0)
+    hb = tl.sum((h0 * b0 + h1 * b1) + (h2 * b2 + h3 * b3), 0)
+    ha = tl.sum((h0 * a0 + h1 * a1) + (h2 * a2 + h3 * a3), 0)
+    qq, kk, kq, hh, hb, ha = _sum_six(q * q, k * k, k * q, hh, hb, ha)
     scale = tl.rsqrt(hh / H + norm_eps)
     beta = tl.sigmoid(tl.maximum(hb * scale, -80.0))
     decay = tl.exp(-rate * softplus(ha * scale + bias))
@@ -244,6 +260,7 @@ def delta_decode(
     if hidden % 4:
         raise KernelError(f"delta_decode on a GPU takes a hidden size that is a multiple of 4, got {hidden}")
     chosen = tiling or choose(rows, num_v_heads, key_dim, value_dim, defer_norm, num_multiprocessors(qkvz.device))
+    lanes = 32 * chosen.warps
     y = torch.empty((rows, num_v_heads * value_dim), dtype=qkvz.dtype, device=qkvz.device)
     squares = torch.empty((rows, num_v_heads, PARTS) if defer_norm else (0,), dtype=torch.float32, device=qkvz.device)
     _delta_decode_kernel[(num_v_heads * chosen.parts, rows)](
@@ -266,7 +283,8 @@ def delta_decode(
         eps,
         key_dim**-0.5,
         H=hidden,
-        QUADS=triton.next_power_of_2(hidden // 4),
+        LANES=lanes,
+        STEPS=triton.next_power_of_2(triton.cdiv(hidden // 4, lanes)),
         HK=num_k_heads,
         HV=num_v_heads,
         DK=key_dim,
