@@ -19,8 +19,9 @@ from ostinato.layers.rope import Rope
 class Attention:
     """``out(attention(rope(qkv(norm(h))))) + h``.
 
-    qkv: query, key and value rows of all heads in this order. window: tokens that a query sees, itself included; 0 for
-    all. scale: multiplies the dot products.
+    qkv: query, key and value rows of all heads in this order, and a gate for each query head behind them if ``gated``,
+    whose sigmoid multiplies what the head attended to. window: tokens that a query sees, itself included; 0 for all.
+    scale: multiplies the dot products.
     """
 
     norm: Norm
@@ -33,6 +34,7 @@ class Attention:
     spec: KVSpec
     scale: float
     window: int
+    gated: bool = False
 
     def __call__(self, h: torch.Tensor, batch: Batch, kv: LayerKV, activation: torch.dtype) -> torch.Tensor:
         """h: float32 [M, hidden] → float32 [M, hidden]; appends the keys and values of the rows to ``kv``."""
@@ -52,6 +54,9 @@ class Attention:
                 num_kv_heads=self.spec.num_kv_heads,
                 scale=self.scale,
                 window=self.window,
+                k_scale=kv.k_scale,
+                v_scale=kv.v_scale,
+                gated=self.gated,
                 # The embedding starts a step with a full dependency, and positions advance at the step's end alone.
                 prefetch=True,
             )
@@ -64,8 +69,26 @@ class Attention:
                 eps,
                 num_heads=self.num_heads,
                 num_kv_heads=self.spec.num_kv_heads,
+                k_scale=kv.k_scale,
+                v_scale=kv.v_scale,
+                gated=self.gated,
             )
             attended = prefill_attention(
-                q, kv.k, kv.v, kv.page_table, batch.slots, batch.positions, scale=self.scale, window=self.window
+                q,
+                kv.k,
+                kv.v,
+                kv.page_table,
+                batch.slots,
+                batch.positions,
+                scale=self.scale,
+                window=self.window,
+                k_scale=kv.k_scale,
+                v_scale=kv.v_scale,
+                gate=qkv[:, -self.num_heads * self.spec.head_dim :] if self.gated else None,
             )
         return self.out(attended, residual=h)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights that one token reads."""
+        return self.qkv.num_bytes + self.out.num_bytes

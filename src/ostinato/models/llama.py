@@ -17,6 +17,7 @@ import torch
 from ostinato.errors import UnsupportedModelError
 from ostinato.kernels.embed import embed
 from ostinato.kv.paged import KVSpec, LayerKV
+from ostinato.kv.recurrent import RecurrentState
 from ostinato.layers.attention import Attention
 from ostinato.layers.batch import Batch
 from ostinato.layers.embedding import place_embedding
@@ -269,14 +270,16 @@ class LlamaForCausalLM:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decode step at batch 1 must read."""
-        linears = [x for layer in self.layers for x in (layer.self_attn.qkv, layer.self_attn.out)]
-        layers = sum(x.num_bytes for x in (*linears, *(layer.mlp for layer in self.layers)))
+        layers = sum(layer.self_attn.num_bytes + layer.mlp.num_bytes for layer in self.layers)
         return layers + self.head.num_bytes + weight_bytes(self.embed) // self.vocab_size
 
-    def forward(self, batch: Batch, kv: Sequence[LayerKV], rows: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, batch: Batch, kv: Sequence[LayerKV | RecurrentState], rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits, float32 [M, vocab]; with ``rows`` (int64 [R]) of those rows alone, [R, vocab]."""
         h = embed(batch.tokens, self.embed, out_dtype=torch.float32)
         for layer, cache in zip(self.layers, kv, strict=True):
+            assert isinstance(cache, LayerKV)
             h = layer.self_attn(h, batch, cache, self.activation)
             h = layer.mlp(h, self.activation)
         if rows is not None:

@@ -1,0 +1,142 @@
+"""A mixture of experts with a router and, where a model has one, a gated shared expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ostinato.errors import UnsupportedModelError
+from ostinato.kernels.moe import moe_block
+from ostinato.layers.linear import Linear, Norm, Target, linear, weight_bytes
+from ostinato.quant.blocks import BlockKind, BlockWeight, dequantize
+
+ExpertWeights = BlockWeight | torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SharedExpert:
+    """A shared expert whose weights could not join the routed ones'. gate: [1, H], its sigmoid weighs the result."""
+
+    gate: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, h: torch.Tensor, norm: Norm, activation: torch.dtype) -> torch.Tensor:
+        """h: float32 [M, H] → float32 [M, H], without a residual."""
+        weight = torch.sigmoid(linear(h, self.gate, norm=norm, out_dtype=torch.float32))
+        inner = self.gate_up(h, norm=norm, gated="silu", out_dtype=activation)
+        return weight * self.down(inner, out_dtype=torch.float32)
+
+    @property
+    def num_bytes(self) -> int:
+        return weight_bytes(self.gate) + self.gate_up.num_bytes + self.down.num_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class MoE:
+    """``h + Σ weight_k · expert_k(norm(h)) + sigmoid(shared_gate · norm(h)) · shared(norm(h))`` over the top-k experts.
+
+    router: [E, H]; shared_gate: [1, H] or None; both float32, or both bfloat16. gate_up, down: stacks of E experts, the
+    shared one behind them where there is a shared_gate. normalize: weights are a softmax over the top-k, else over all.
+    shared: a shared expert apart, instead of shared_gate.
+    """
+
+    norm: Norm
+    router: torch.Tensor
+    gate_up: ExpertWeights
+    down: ExpertWeights
+    num_experts: int
+    top_k: int
+    normalize: bool
+    shared_gate: torch.Tensor | None
+    shared: SharedExpert | None
+
+    def __call__(self, h: torch.Tensor, activation: torch.dtype) -> torch.Tensor:
+        """h: float32 [M, H] → float32 [M, H]; ``activation`` is the dtype between products."""
+        out = moe_block(
+            h,
+            norm=self.norm.weight,
+            eps=self.norm.eps,
+            router=self.router,
+            gate_up=self.gate_up,
+            down=self.down,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            normalize=self.normalize,
+            shared_gate=self.shared_gate,
+            has_shared=self.shared_gate is not None,
+        )
+        return out if self.shared is None else out + self.shared(h, self.norm, activation)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights that one token reads."""
+        has_shared = self.shared_gate is not None
+        stacked = weight_bytes(self.gate_up) + weight_bytes(self.down)
+        picked = stacked * (self.top_k + has_shared) // (self.num_experts + has_shared)
+        extra = 0 if self.shared_gate is None else weight_bytes(self.shared_gate)
+        return weight_bytes(self.router) + picked + extra + (0 if self.shared is None else self.shared.num_bytes)
+
+
+class ExpertStack:
+    """The matrices of ``num_experts`` experts, [rows, K] each, put together piece by piece on a target.
+
+    Only the stack and one piece are in memory at a time. All pieces of a stack must be of one type; in the exact mode
+    all are float32.
+    """
+
+    def __init__(self, what: str, num_experts: int, rows: int, target: Target) -> None:
+        self._what = what
+        self._num_experts = num_experts
+        self._rows = rows
+        self._target = target
+        self._kind: BlockKind | torch.dtype | None = None
+        self._columns = 0
+        self._planes: dict[str, torch.Tensor] = {}
+
+    def put(self, weight: BlockWeight | torch.Tensor, *, expert: int, count: int = 1, row: int = 0) -> None:
+        """Rows ``row`` … of the experts ``expert`` … expert + count - 1.
+
+        weight: [count · n, K] or [count, n, K]. Raises UnsupportedModelError where its type is not that of the others.
+        """
+        if not self.takes(weight):
+            raise UnsupportedModelError(
+                f"{self._what}: experts of {_named(weight)} beside experts of another type are multiplied by in "
+                "--dtype float32 alone"
+            )
+        for name, plane in self._placed(weight).items():
+            pieces = plane.reshape(count, -1, plane.shape[-1])
+            if name not in self._planes:
+                shape = (self._num_experts, self._rows, plane.shape[-1])
+                self._planes[name] = torch.empty(shape, dtype=plane.dtype, device=plane.device)
+            self._planes[name][expert : expert + count, row : row + pieces.shape[1]] = pieces
+        self._kind = _kind(weight)
+        self._columns = weight.shape[-1]
+
+    def takes(self, weight: BlockWeight | torch.Tensor) -> bool:
+        """Whether ``weight`` is of the type of what was put before."""
+        return self._target.exact or self._kind is None or self._kind == _kind(weight)
+
+    def finish(self, num_experts: int) -> ExpertWeights:
+        """The stack of the first ``num_experts``: a BlockWeight (num_experts · rows, K) or a tensor of 3 dimensions."""
+        planes = {name: plane[:num_experts] for name, plane in self._planes.items()}
+        if isinstance(self._kind, BlockKind) and not self._target.exact:
+            flat = {name: plane.reshape(num_experts * self._rows, -1) for name, plane in planes.items()}
+            return BlockWeight(self._kind, (num_experts * self._rows, self._columns), **flat)
+        return planes["dense"]
+
+    def _placed(self, weight: BlockWeight | torch.Tensor) -> dict[str, torch.Tensor]:
+        if isinstance(weight, torch.Tensor):
+            return {"dense": weight.to(self._target.device, self._target.activation)}
+        placed = weight.to(self._target.device)
+        return {"dense": dequantize(placed)} if self._target.exact else placed.planes()
+
+
+def _kind(weight: BlockWeight | torch.Tensor) -> BlockKind | torch.dtype:
+    # Dense weights are brought to one dtype as they are placed.
+    return weight.kind if isinstance(weight, BlockWeight) else torch.float32
+
+
+def _named(weight: BlockWeight | torch.Tensor) -> str:
+    return weight.kind.name if isinstance(weight, BlockWeight) else str(weight.dtype).removeprefix("torch.")
