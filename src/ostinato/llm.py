@@ -82,12 +82,17 @@ class Session:
         self.slot, self.tokens = -1, []
 
     def common_prefix(self, prompt: Sequence[int]) -> int:
-        """Tokens of ``prompt`` whose KV stands; at most all but one, since the last must run to give logits."""
+        """Tokens of ``prompt`` whose KV stands; at most all but one, since the last must run to give logits.
+
+        Recurrent state stands after all the tokens and nowhere before, so a prompt that leaves them starts anew.
+        """
         count = 0
         for ours, theirs in zip(self.tokens, prompt[:-1], strict=False):
             if ours != theirs:
                 break
             count += 1
+        if self.llm.runner.kv.is_recurrent and count < len(self.tokens):
+            return 0
         return count
 
 
@@ -121,7 +126,7 @@ class LLM:
         kv: str = "auto",
         context: int | None = None,
         max_batch: int = 1,
-        chunk: int = 512,
+        chunk: int | None = None,
         graphs: bool = True,
         threads: int | None = None,
         progress: Progress | None = None,
@@ -181,6 +186,7 @@ class LLM:
         try:
             yield from self._answer(sequence, params, stats)
         finally:
+            exact = sequence.ended_in_step
             self.scheduler.cancel(sequence)
             del self._inboxes[sequence]
             if session is not None:
@@ -189,6 +195,8 @@ class LLM:
                     session.slot = sequence.slot
                     # The last token was drawn but maybe never run, so its KV may not stand.
                     session.tokens = [*ids[: sequence.prefilled], *sequence.tokens[:-1]]
+                    if self.runner.kv.is_recurrent and not exact:
+                        session.tokens = []
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams) -> str:
         """The whole answer as text."""

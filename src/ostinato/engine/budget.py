@@ -16,8 +16,10 @@ from ostinato.quant.blocks import KINDS
 from ostinato.quant.cpu import packed_bytes
 
 _MiB = 1 << 20
-_SCRATCH_BYTES = 256 * _MiB  # activations of a prefill chunk, graph pools, the CUDA libraries' workspaces
+_SCRATCH_BYTES = 128 * _MiB  # graph pools, the CUDA libraries' workspaces
+_SCRATCH_BYTES_PER_TOKEN = 256 * 1024  # of a prefill chunk: activations of the widest layer, a few at a time
 _MAX_DEFAULT_CONTEXT = 32768
+_VERIFICATION_COPIES = 3  # of recurrent state: as it was, after eager, after the replay
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class MemoryBudget:
     """Bytes that a model needs on its device.
 
     free_bytes: what was free there before loading. page_size: tokens of a KV page. num_dummies: pages of no sequence.
+    state_bytes: of recurrent layers, for all slots and what the verification of a graph keeps of them beside.
     """
 
     weight_bytes: int
@@ -36,6 +39,7 @@ class MemoryBudget:
     num_slots: int
     page_size: int
     num_dummies: int
+    state_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -45,12 +49,13 @@ class MemoryBudget:
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.sampler_bytes + self.scratch_bytes
+        return self.weight_bytes + self.kv_bytes + self.state_bytes + self.sampler_bytes + self.scratch_bytes
 
     def __str__(self) -> str:
+        state = f"recurrent state {_size(self.state_bytes)}, " if self.state_bytes else ""
         return (
             f"weights {_size(self.weight_bytes)}, KV {_size(self.kv_bytes)} for {self.num_slots} × {self.context} "
-            f"tokens, sampler and scratch {_size(self.sampler_bytes + self.scratch_bytes)}, "
+            f"tokens, {state}sampler and scratch {_size(self.sampler_bytes + self.scratch_bytes)}, "
             f"{_size(self.free_bytes)} free"
         )
 
@@ -65,6 +70,8 @@ def plan_memory(
     num_slots: int,
     free_bytes: int,
     page_size: int | None,
+    state_dtype: torch.dtype = torch.float32,
+    chunk: int = 512,
 ) -> MemoryBudget:
     """The budget of a model at ``context`` tokens a slot; without one, at its own, up to 32768 and to what fits.
 
@@ -74,9 +81,12 @@ def plan_memory(
     """
     weights = sum(device_bytes(info, activation, on_cpu=page_size is None) for info in tensors.values())
     per_token = sum(spec.bytes_per_token(kv_dtype) for spec in family.kv_specs)
+    copies = 1 if page_size is None else 1 + _VERIFICATION_COPIES
+    state = copies * num_slots * sum(spec.bytes_per_slot(state_dtype) for spec in family.kv_specs)
+    scratch = _SCRATCH_BYTES + _SCRATCH_BYTES_PER_TOKEN * chunk
     sampler = 8 * family.vocab_size * num_slots
-    room = free_bytes - weights - sampler - _SCRATCH_BYTES
-    tokens = max(room, 0) // per_token
+    room = free_bytes - weights - sampler - state - scratch
+    tokens = max(room, 0) // max(per_token, 1)
     dummies = 1 if page_size is None else num_slots
     if page_size is None:
         fits = tokens // (num_slots + dummies)
@@ -84,16 +94,25 @@ def plan_memory(
         fits = max(tokens // page_size - dummies, 0) // num_slots * page_size
     wanted = context if context is not None else min(family.max_context, _MAX_DEFAULT_CONTEXT, fits)
     budget = MemoryBudget(
-        weights, per_token, sampler, _SCRATCH_BYTES, free_bytes, wanted, num_slots, page_size or max(wanted, 1), dummies
+        weights,
+        per_token,
+        sampler,
+        scratch,
+        free_bytes,
+        wanted,
+        num_slots,
+        page_size or max(wanted, 1),
+        dummies,
+        state,
     )
-    if room <= 0 and weights + _SCRATCH_BYTES < free_bytes:
+    if room <= 0 and weights + scratch < free_bytes:
         raise MemoryBudgetError(
-            f"the sampler's state of {num_slots} sequences needs {_size(sampler)} beside {_size(weights)} of weights, "
+            f"the state of {num_slots} sequences needs {_size(sampler + state)} beside {_size(weights)} of weights, "
             f"and {_size(free_bytes)} are free; use a smaller batch"
         )
     if room <= 0:
         raise MemoryBudgetError(
-            f"the weights need {_size(weights + _SCRATCH_BYTES)} with scratch and {_size(free_bytes)} are free; use a "
+            f"the weights need {_size(weights + scratch)} with scratch and {_size(free_bytes)} are free; use a "
             "smaller or more strongly quantized model"
         )
     if budget.total_bytes > free_bytes or wanted < 2:

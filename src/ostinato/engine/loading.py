@@ -11,22 +11,25 @@ import torch
 from ostinato.engine.budget import MemoryBudget, free_memory, plan_memory
 from ostinato.engine.runner import Runner
 from ostinato.errors import ContextLengthError, DeviceError, UsageError
-from ostinato.kv.paged import PagedKV
+from ostinato.kv.paged import FP8, PagedKV
 from ostinato.layers.linear import Target
 from ostinato.load.gguf import GGUFFile
+from ostinato.load.quantizing import QuantizingCheckpoint
 from ostinato.load.random import RandomCheckpoint
 from ostinato.load.safetensors import HFCheckpoint
 from ostinato.load.source import WeightReader
 from ostinato.models.interface import Checkpoint, Family, Model
 from ostinato.models.registry import family_of
 
-Openable = GGUFFile | HFCheckpoint | RandomCheckpoint
+Openable = GGUFFile | HFCheckpoint | QuantizingCheckpoint | RandomCheckpoint
 
 _LOG = logging.getLogger(__name__)
 _GPU_PAGE_SIZE = 64
 _MIN_CAPABILITY = (8, 0)  # bfloat16 products
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-KV_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+KV_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": FP8}
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_GPU_CHUNK, _CPU_CHUNK = 4096, 512
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ class EngineConfig:
     kv: str = "auto"
     context: int | None = None
     num_slots: int = 1
-    chunk: int = 512
+    chunk: int | None = None
     graphs: bool = True
+    state: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,20 @@ def pick_dtypes(config: EngineConfig) -> tuple[torch.dtype, torch.dtype]:
     return activation, KV_DTYPES[config.kv]
 
 
+def pick_state_dtype(config: EngineConfig) -> torch.dtype:
+    """Of recurrent state. Raises UsageError for a name that is not known."""
+    if config.state not in STATE_DTYPES:
+        raise UsageError(f"--state {config.state} is not known; use {', '.join(STATE_DTYPES)}")
+    return STATE_DTYPES[config.state]
+
+
+def pick_chunk(config: EngineConfig, device: torch.device) -> int:
+    """Tokens of a prompt that run at once."""
+    if config.chunk is not None:
+        return config.chunk
+    return _GPU_CHUNK if device.type == "cuda" else _CPU_CHUNK
+
+
 def open_checkpoint(opened: Openable, device: torch.device) -> tuple[Checkpoint, WeightReader]:
     """What the model families read from, and the reader that knows which tensors were used."""
     # The CPU packs weights anew; a GPU takes the file's bytes as they are and unpacks them itself.
@@ -120,6 +138,7 @@ def load_engine(opened: Openable, config: EngineConfig) -> Loaded:
     checkpoint, reader = open_checkpoint(opened, device)
     family = family_of(checkpoint)
     activation, kv_dtype = pick_dtypes(config)
+    state_dtype = pick_state_dtype(config)
     check_context(family, config.context)
     budget = plan_memory(
         family,
@@ -130,6 +149,8 @@ def load_engine(opened: Openable, config: EngineConfig) -> Loaded:
         num_slots=config.num_slots,
         free_bytes=free_memory(device),
         page_size=_GPU_PAGE_SIZE if device.type == "cuda" else None,
+        state_dtype=state_dtype,
+        chunk=pick_chunk(config, device),
     )
     with torch.inference_mode():
         model = family.build(checkpoint, Target(device, activation), budget.context)
@@ -151,8 +172,10 @@ def make_runner(
         page_size=budget.page_size,
         dtype=kv_dtype,
         device=device,
+        state_dtype=pick_state_dtype(config),
     )
-    return Runner(model, kv, num_slots=budget.num_slots, device=device, graphs=config.graphs, chunk=config.chunk)
+    chunk = pick_chunk(config, device)
+    return Runner(model, kv, num_slots=budget.num_slots, device=device, graphs=config.graphs, chunk=chunk)
 
 
 def check_context(family: Family, context: int | None) -> None:

@@ -39,6 +39,14 @@ class Sequence:
     def prompt_done(self) -> bool:
         return self.prefilled == len(self.request.prompt)
 
+    @property
+    def ended_in_step(self) -> bool:
+        """Whether the device itself ended the answer, or nothing of it is under way: no later token was run.
+
+        Recurrent state then stands after all tokens but the last, and can be gone on from.
+        """
+        return self.finish_reason in ("stop", "length") or self.launched == len(self.tokens)
+
 
 @dataclass(frozen=True)
 class TokenEvent:

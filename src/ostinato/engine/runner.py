@@ -81,7 +81,7 @@ class Runner:
             step,
             self.buffers,
             pool=self._pool,
-            state=self._step_state(),
+            state=[*self.kv.written_by_verification(size), *self.sampler.buffers.tensors()],
             fresh_inputs=self._fresh_inputs,
             tolerance=Tolerance(rtol=0.0, atol=0.0),
             name=f"decode step of {size}",
@@ -185,15 +185,11 @@ class Runner:
             decode=False,
         )
 
-    def _step_state(self) -> list[torch.Tensor]:
-        """What a step writes besides its buffers. Verification sends all KV to the dummy pages."""
-        pages = [t[: self.kv.num_dummies] for layer in self.kv.layers for t in (layer.k, layer.v)]
-        return [*pages, *self.sampler.buffers.tensors()]
-
     def _fresh_inputs(self, index: int) -> None:
         """Active rows with other tokens, positions and random numbers for verification replay ``index``.
 
-        Every row gets its dummy page, since the others may hold the KV of running sequences.
+        Every row gets its dummy page, since the others may hold the KV of running sequences; recurrent state, which has
+        no dummy, is saved and restored by the capture.
         """
         generator = torch.Generator().manual_seed(index)
         slots = torch.arange(self.num_slots, dtype=torch.int32)

@@ -47,5 +47,6 @@ def decode_step(model: Model, kv: PagedKV, sampler: SamplerState, buffers: StepB
         positions=buffers.positions[:num_rows],
         slots=buffers.slots[:num_rows],
         decode=True,
+        active=buffers.active[:num_rows],
     )
     sampler.step(model.forward(batch, kv.layers))

@@ -1,4 +1,6 @@
-"""Paged KV for full and windowed attention: pages on the device, one page table, a host-side allocator.
+"""What the layers of a model keep: paged KV for attention, fixed state for recurrent layers; one allocator for both.
+
+Pages of KV lie on the device, under one page table and a host-side allocator; recurrent state has a place a slot.
 
 The first pages belong to nobody: each slot has a dummy page. Idle slots, finished slots that run on for a step or two,
 and the column past the end of every page table point at it, so a step may always write where its position says. On a
@@ -14,6 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from ostinato.errors import MemoryBudgetError
+from ostinato.kv.recurrent import RecurrentSpec, RecurrentState
+
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -24,16 +29,32 @@ class KVSpec:
     head_dim: int
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
+        """Bytes in a cache of ``dtype``; an FP8 vector has a float32 scale."""
+        vector = self.head_dim * dtype.itemsize + (4 if dtype == FP8 else 0)
+        return 2 * self.num_kv_heads * vector
+
+    def bytes_per_slot(self, dtype: torch.dtype) -> int:
+        """Everything that attention keeps grows with the text."""
+        return 0
 
 
 @dataclass(frozen=True, eq=False)
 class LayerKV:
-    """k, v: [num_pages, num_kv_heads, page_size, head_dim]. page_table: int32 [num_slots, pages_per_slot + 1]."""
+    """One attention layer's pages.
+
+    k, v: [num_pages, num_kv_heads, page_size, head_dim]. page_table: int32 [num_slots, pages_per_slot + 1].
+    k_scale, v_scale: float32 [num_pages, num_kv_heads, page_size], of the vectors of an FP8 cache; else None.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
     page_table: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What a token writes."""
+        return tuple(t for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
 
 
 def num_dummies(num_slots: int, device: torch.device) -> int:
@@ -42,7 +63,7 @@ def num_dummies(num_slots: int, device: torch.device) -> int:
 
 
 class PagedKV:
-    """The KV of all layers of a model for ``num_slots`` sequences of at most ``context`` tokens.
+    """KV and state of all layers of a model for ``num_slots`` sequences of at most ``context`` tokens.
 
     On a GPU pages hold ``page_size`` tokens. On the CPU a page is a slot's whole context (``page_size`` = context), so
     that attention reads one contiguous view instead of gathering.
@@ -50,13 +71,14 @@ class PagedKV:
 
     def __init__(
         self,
-        specs: Sequence[KVSpec],
+        specs: Sequence[KVSpec | RecurrentSpec],
         *,
         num_slots: int,
         context: int,
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.context = context
         self.page_size = page_size
@@ -67,11 +89,20 @@ class PagedKV:
         self.dtype = dtype
         self.page_table = self.dummy_table().to(device)
 
-        def storage(spec: KVSpec) -> torch.Tensor:
-            shape = (self.num_pages, spec.num_kv_heads, page_size, spec.head_dim)
+        def storage(spec: KVSpec, *width: int, dtype: torch.dtype) -> torch.Tensor:
+            shape = (self.num_pages, spec.num_kv_heads, page_size, *width)
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.layers = tuple(LayerKV(storage(s), storage(s), self.page_table) for s in specs)
+        def layer(spec: KVSpec | RecurrentSpec) -> LayerKV | RecurrentState:
+            if isinstance(spec, RecurrentSpec):
+                return RecurrentState.allocate(spec, num_slots, state_dtype, device)
+            k, v = (storage(spec, spec.head_dim, dtype=dtype) for _ in range(2))
+            if dtype != FP8:
+                return LayerKV(k, v, self.page_table)
+            k_scale, v_scale = (storage(spec, dtype=torch.float32) for _ in range(2))
+            return LayerKV(k, v, self.page_table, k_scale, v_scale)
+
+        self.layers = tuple(layer(spec) for spec in specs)
         # Lowest pages first, so that a lone sequence lies in one run of memory.
         self._free = list(range(self.num_pages - 1, self.num_dummies - 1, -1))
         self._owned: list[list[int]] = [[] for _ in range(num_slots)]
@@ -83,7 +114,20 @@ class PagedKV:
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.k, layer.v))
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors())
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layer's state stands after one length of text alone, and cannot go back."""
+        return any(isinstance(layer, RecurrentState) for layer in self.layers)
+
+    def written_by_verification(self, num_rows: int) -> list[torch.Tensor]:
+        """What a step writes whose page table is ``dummy_table()``: the dummy pages, the state of its rows."""
+        found: list[torch.Tensor] = []
+        for layer in self.layers:
+            stop = num_rows if isinstance(layer, RecurrentState) else self.num_dummies
+            found += [t[:stop] for t in layer.tensors()]
+        return found
 
     @property
     def num_free_pages(self) -> int:

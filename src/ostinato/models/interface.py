@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ostinato.kv.paged import KVSpec, LayerKV
+from ostinato.kv.recurrent import RecurrentSpec, RecurrentState
 from ostinato.layers.batch import Batch
 from ostinato.layers.linear import Target
 from ostinato.quant.blocks import BlockWeight
@@ -54,14 +55,16 @@ class Model(Protocol):
     def max_context(self) -> int: ...
 
     @property
-    def kv_specs(self) -> Sequence[KVSpec]: ...
+    def kv_specs(self) -> Sequence[KVSpec | RecurrentSpec]: ...
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decode step at batch 1 must read."""
         ...
 
-    def forward(self, batch: Batch, kv: Sequence[LayerKV], rows: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, batch: Batch, kv: Sequence[LayerKV | RecurrentState], rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits, float32 [M, vocab]; with ``rows`` (int64 [R]) of those rows alone, [R, vocab]."""
         ...
 
@@ -76,7 +79,7 @@ class Family(Protocol):
     def max_context(self) -> int: ...
 
     @property
-    def kv_specs(self) -> Sequence[KVSpec]: ...
+    def kv_specs(self) -> Sequence[KVSpec | RecurrentSpec]: ...
 
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor under its Hugging Face name."""

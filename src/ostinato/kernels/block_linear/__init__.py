@@ -25,11 +25,14 @@ def block_linear(
     residual: torch.Tensor | None = None,
     gated: str | None = None,
     out_dtype: torch.dtype | None = None,
+    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """residual + act(x̂ Wᵀ + bias), where x̂ is x or rms_norm(x, norm, eps).
 
     x: [M, K] float32, bfloat16 or float16, rows of adjacent elements. weight: N rows of K columns.
     norm: float32 [K]. bias: [N] of floats. residual: float32 [M, N], contiguous; it is not written.
+    squares: float32 [M, heads, 4] in place of a norm: for each head of x a sum of squares, in four parts; x̂ is
+    x / sqrt(that sum / (K / heads) + eps) (``delta_decode`` leaves this division to its consumer).
     gated: ``silu`` or ``gelu_tanh``: W holds F gate rows, then F up rows, and the result is act(gate) * up, [M, F].
     Returns [M, N] (or [M, F]) of ``out_dtype``; default: the residual's dtype, else x's.
 
@@ -37,10 +40,20 @@ def block_linear(
     and more are multiplied in bfloat16; sums are float32. On the CPU everything is float32. Raises KernelError.
     """
     check_linear("block_linear", x, weight.shape, weight.device, norm, bias, residual, gated)
+    if squares is not None:
+        _check_squares(squares, x, norm)
     dtype = out_dtype or default_dtype(x, residual)
     if x.device.type == "cpu":
         return block_linear_ref(
-            x, weight, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated, out_dtype=dtype
+            x,
+            weight,
+            norm=norm,
+            eps=eps,
+            bias=bias,
+            residual=residual,
+            gated=gated,
+            out_dtype=dtype,
+            squares=squares,
         )
     result: torch.Tensor = _block_linear(
         x,
@@ -57,8 +70,23 @@ def block_linear(
         residual,
         gated,
         dtype,
+        squares,
     )
     return result
+
+
+def _check_squares(squares: torch.Tensor, x: torch.Tensor, norm: torch.Tensor | None) -> None:
+    rows, k = x.shape
+    fits = (
+        squares.dim() == 3 and squares.shape[0] == rows and squares.shape[2] == 4 and k % (32 * squares.shape[1]) == 0
+    )
+    if not fits or squares.dtype != torch.float32 or not squares.is_contiguous() or squares.device != x.device:
+        raise KernelError(
+            f"block_linear takes contiguous float32 squares [{rows}, heads, 4] on {x.device}, heads of a multiple of 32"
+            f" columns of {k}, got {tuple(squares.shape)} {squares.dtype} on {squares.device}"
+        )
+    if norm is not None:
+        raise KernelError("block_linear takes either a norm or squares, not both")
 
 
 def check_linear(
@@ -114,10 +142,19 @@ def _block_linear_cpu(
     residual: torch.Tensor | None,
     gated: str | None,
     out_dtype: torch.dtype,
+    squares: torch.Tensor | None,
 ) -> torch.Tensor:
     weight = BlockWeight(KINDS[kind], (words.shape[0], x.shape[1]), words, d, high, m, sub_d, sub_m)
     return block_linear_ref(
-        x, weight, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated, out_dtype=out_dtype
+        x,
+        weight,
+        norm=norm,
+        eps=eps,
+        bias=bias,
+        residual=residual,
+        gated=gated,
+        out_dtype=out_dtype,
+        squares=squares,
     )
 
 
@@ -136,6 +173,7 @@ def _block_linear_fake(
     residual: torch.Tensor | None,
     gated: str | None,
     out_dtype: torch.dtype,
+    squares: torch.Tensor | None,
 ) -> torch.Tensor:
     rows = words.shape[0] if gated is None else words.shape[0] // 2
     return x.new_empty((x.shape[0], rows), dtype=out_dtype)
@@ -143,7 +181,8 @@ def _block_linear_fake(
 
 _block_linear = register(
     "block_linear(Tensor x, Tensor words, Tensor d, Tensor? high, Tensor? m, Tensor? sub_d, Tensor? sub_m, str kind,"
-    " Tensor? norm, float eps, Tensor? bias, Tensor? residual, str? gated, ScalarType out_dtype) -> Tensor",
+    " Tensor? norm, float eps, Tensor? bias, Tensor? residual, str? gated, ScalarType out_dtype,"
+    " Tensor? squares) -> Tensor",
     reference=_block_linear_cpu,
     kernel="ostinato.kernels.block_linear.triton:block_linear",
     fake=_block_linear_fake,

@@ -19,8 +19,10 @@ def block_linear_ref(
     residual: torch.Tensor | None = None,
     gated: str | None = None,
     out_dtype: torch.dtype | None = None,
+    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What ``block_linear`` means, all of it in float32."""
+    x = with_heads(x, squares, eps)
     wide = x.float() if norm is None else rms_norm_ref(x, norm, eps, torch.float32)
     return finish(wide @ dequantize(weight).T, bias, residual, gated, out_dtype or default_dtype(x, residual))
 
@@ -36,16 +38,26 @@ def block_linear_int8_ref(
     gated: str | None = None,
     out_dtype: torch.dtype | None = None,
     group: int = GROUP,
+    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``block_linear`` with activations rounded to int8, ``group`` columns to a scale, as the kernels for few rows do.
 
     The streamed and the batched kernel share a scale among 32 columns, the resident one among 4. Sums are float64.
     """
+    x = with_heads(x, squares, eps)
     wide = x.float() if norm is None else rms_norm_ref(x, norm, eps, torch.float32)
     quantized, scale = quantize_rows_ref(wide, group)
     rounded = quantized.double() * scale.double().repeat_interleave(group, dim=1)
     total = (rounded @ dequantize(weight).double().T).float()
     return finish(total, bias, residual, gated, out_dtype or default_dtype(x, residual))
+
+
+def with_heads(x: torch.Tensor, squares: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """x [M, K] with the norm of its heads applied, given their sums of squares [M, heads, 4] in four parts; else x."""
+    if squares is None:
+        return x
+    head = torch.rsqrt(squares.sum(dim=2) / (x.shape[1] // squares.shape[1]) + eps)
+    return (x.reshape(*squares.shape[:2], -1) * head[:, :, None]).view(x.shape)
 
 
 def default_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:

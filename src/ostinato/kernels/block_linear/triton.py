@@ -10,6 +10,7 @@ import triton
 from ostinato.kernels.block_linear.batch.triton import _mma_kernel
 from ostinato.kernels.block_linear.matmul.triton import _dequantize_kernel, _finish_kernel, _tile_kernel
 from ostinato.kernels.block_linear.matvec.triton import _resident_kernel, _streamed_kernel
+from ostinato.kernels.block_linear.ref import with_heads
 from ostinato.kernels.launch import gpu_name, launch_options, num_multiprocessors
 from ostinato.kernels.rms_norm.triton import rms_norm, rms_norm_quantize
 from ostinato.kernels.tuning import Tiles, linear_key, table
@@ -33,6 +34,7 @@ def block_linear(
     residual: torch.Tensor | None,
     gated: str | None,
     out_dtype: torch.dtype,
+    squares: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """Launch the kernels for x [M, K]; arguments as the op's, and ``tiles`` in place of the table's."""
@@ -54,11 +56,12 @@ def block_linear(
                 x = x.clone(memory_format=torch.contiguous_format)
             grid = (triton.cdiv(n, tiles.rows * tiles.repeats), triton.cdiv(tokens, tiles.tokens))
             _resident_kernel[grid](
-                x, x.stride(0), norm if norm is not None else d, eps, *planes, *after, *constants,
-                tiles.rows, tiles.groups, tiles.repeats, tiles.tokens, norm is not None, *flags,
-                num_warps=tiles.warps, **options,
+                x, x.stride(0), norm if norm is not None else d, squares if squares is not None else d, eps, *planes,
+                *after, *constants, tiles.rows, tiles.groups, tiles.repeats, tiles.tokens, norm is not None,
+                squares.shape[1] if squares is not None else 0, *flags, num_warps=tiles.warps, **options,
             )  # fmt: skip
             return out
+        x = with_heads(x, squares, eps)
         quantized, scales = rms_norm_quantize(x, norm, eps)
         quantized, scales = quantized.view(torch.int32), scales.view(torch.int32)
         grid = (triton.cdiv(n, tiles.rows), triton.cdiv(tokens, tiles.tokens))
@@ -75,6 +78,7 @@ def block_linear(
                 tiles.rows // width, width, tiles.groups, tiles.tokens, *flags, num_warps=tiles.warps, **options,
             )  # fmt: skip
         return out
+    x = with_heads(x, squares, eps)
     planes = pairs(words.view(torch.uint8), d, high, m, sub_d, sub_m, KINDS[kind])
     if norm is not None and (tiles.path == "gemm" or tiles.splits > 1):
         x, norm = rms_norm(x, norm, eps, torch.bfloat16), None
