@@ -21,6 +21,7 @@ from ostinato.errors import UsageError
 from ostinato.load.describe import ModelDescription, describe
 from ostinato.load.gguf import GGUFFile
 from ostinato.load.progress import Progress
+from ostinato.load.quantizing import quantizing, reading
 from ostinato.load.resolve import resolve
 from ostinato.sampling import SamplingParams
 from ostinato.text import ChatTemplate, StopStrings, StreamDecoder, Tokenizer
@@ -123,6 +124,7 @@ class LLM:
         *,
         device: str | None = None,
         dtype: str = "auto",
+        quant: str | None = None,
         kv: str = "auto",
         context: int | None = None,
         max_batch: int = 1,
@@ -133,6 +135,7 @@ class LLM:
     ) -> LLM:
         """Load MODEL (None: the default one), downloading it where needed; see EngineConfig for the settings.
 
+        quant: quantizes a Hugging Face checkpoint as it is read (``int4``, ``int4-g128`` …).
         threads: of the CPU path; None for PyTorch's own choice. Raises OstinatoError.
         """
         if threads is not None:
@@ -141,7 +144,7 @@ class LLM:
             torch.set_num_threads(threads)
         if max_batch < 1:
             raise UsageError(f"a batch of {max_batch} holds no sequence; use at least 1")
-        opened = resolve(model, progress).open()
+        opened = quantizing(resolve(model, progress).open(), quant, progress)
         check_architecture(opened)
         if isinstance(opened, GGUFFile):
             tokenizer, template = Tokenizer.from_gguf(opened.metadata), ChatTemplate.from_gguf(opened.metadata)
@@ -149,7 +152,9 @@ class LLM:
             tokenizer = Tokenizer.from_directory(opened.directory)
             template = ChatTemplate.from_directory(opened.directory)
         config = EngineConfig(device, dtype, kv, context, max_batch, chunk, graphs)
-        return cls(load_engine(opened, config), describe(opened), tokenizer, template)
+        with reading(opened):
+            loaded = load_engine(opened, config)
+        return cls(loaded, describe(opened), tokenizer, template)
 
     # -- text --------------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from ostinato.engine.measure import (
     read_bandwidth,
 )
 from ostinato.errors import UsageError
+from ostinato.load.quantizing import quantizing, reading
 from ostinato.load.random import RandomCheckpoint
 from ostinato.load.resolve import resolve
 
@@ -66,6 +67,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw decode speed over context.")] = None,
     device: options.Device = None,
     dtype: options.DType = "auto",
+    quant: options.Quant = None,
     kv: options.KV = "auto",
     threads: options.Threads = None,
     graphs: options.Graphs = True,
@@ -73,11 +75,18 @@ def bench(
     """Median and spread of decode and prefill, memory, bytes per token, fraction of the bandwidth; graph and eager."""
     contexts, batches = _numbers("--context", context), _numbers("--batch", batch)
     _check(model, random, new, repeats, threads, plot)
+    if random is not None and quant is not None:
+        raise UsageError("--random NAME has types of its own: leave --quant out")
     if threads is not None:
         torch.set_num_threads(threads)
-    opened = RandomCheckpoint(random) if random is not None else resolve(model, progress()).open()
+    opened: Openable
+    if random is not None:
+        opened = RandomCheckpoint(random)
+    else:
+        opened = quantizing(resolve(model, progress()).open(), quant, progress())
     config = EngineConfig(device, dtype, kv, max(contexts) + new + 1, max(batches), graphs=graphs)
-    loaded = load_engine(opened, config)
+    with reading(opened):
+        loaded = load_engine(opened, config)
     try:
         result = _measure(opened, loaded, contexts, batches, new, repeats, temperature, graphs)
     finally:

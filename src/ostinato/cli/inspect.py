@@ -9,11 +9,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ostinato.cli import options
 from ostinato.cli.options import count, progress, size
 from ostinato.cli.table import table
 from ostinato.errors import UnsupportedModelError, UsageError
 from ostinato.load.describe import LayerTotal, ModelDescription, TypeTotal, describe
 from ostinato.load.gguf import GGUFFile
+from ostinato.load.quantizing import QuantizingCheckpoint, quantizing
 from ostinato.load.resolve import resolve
 from ostinato.load.safetensors import HFCheckpoint
 from ostinato.load.source import WeightReader
@@ -32,10 +34,11 @@ def register(app: typer.Typer) -> None:
 def inspect(
     model: Annotated[str | None, typer.Argument(help="[default: the small default model]")] = None,
     context: Annotated[int | None, typer.Option(help="Show the memory for this many tokens.")] = None,
+    quant: options.Quant = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
     """Layers, types of the weights, sizes, and the memory at a context."""
-    opened = resolve(model, progress()).open()
+    opened = quantizing(resolve(model, progress()).open(), quant)
     found = describe(opened)
     length = context if context is not None else found.context_length or _CONTEXT_WITHOUT_LIMIT
     if length < 1:
@@ -60,7 +63,7 @@ class Memory:
     kv_bytes: int | None
 
 
-def _kv_bytes_per_token(opened: GGUFFile | HFCheckpoint) -> int:
+def _kv_bytes_per_token(opened: GGUFFile | HFCheckpoint | QuantizingCheckpoint) -> int:
     """Keys and values of one token in all layers, in the KV's default type."""
     gguf = isinstance(opened, GGUFFile)
     metadata = opened.metadata if isinstance(opened, GGUFFile) else opened.config

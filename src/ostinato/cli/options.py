@@ -21,6 +21,10 @@ Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this
 System = Annotated[str | None, typer.Option(help="Text of the system message.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1 … [default: a GPU if there is one]")]
 DType = Annotated[str, typer.Option("--dtype", help="auto: the fast way; float32: every weight exactly, slowly.")]
+Quant = Annotated[
+    str | None,
+    typer.Option("--quant", help="Quantize a checkpoint's matrices as they are read: int4, int4-g32, -g64 or -g128."),
+]
 KV = Annotated[str, typer.Option("--kv", help="How keys and values are kept.")]
 Context = Annotated[int | None, typer.Option(help="Room for prompt and answer, in tokens. [default: what fits]")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. [default: the machine's cores]")]

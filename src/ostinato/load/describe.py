@@ -13,6 +13,7 @@ from ostinato.load.fetch import cached_path
 from ostinato.load.gguf import GGUFFile
 from ostinato.load.hub import cached_hub_path
 from ostinato.load.known import KNOWN_MODELS, KnownModel, WheelSource
+from ostinato.load.quantizing import QuantizingCheckpoint
 from ostinato.load.safetensors import HFCheckpoint
 from ostinato.load.source import TensorInfo
 
@@ -68,7 +69,7 @@ class KnownModelStatus:
     num_bytes: int | None
 
 
-def describe(model: GGUFFile | HFCheckpoint) -> ModelDescription:
+def describe(model: GGUFFile | HFCheckpoint | QuantizingCheckpoint) -> ModelDescription:
     """Count the tensors of an opened model; reads none of them."""
     tensors = list(model.tensors.values())
     if isinstance(model, GGUFFile):
@@ -82,6 +83,10 @@ def describe(model: GGUFFile | HFCheckpoint) -> ModelDescription:
         inner: dict[str, Any] = config["text_config"] if isinstance(config.get("text_config"), dict) else config
         architecture = str(config.get("model_type", "unknown"))
         file_format = "safetensors"
+        if isinstance(model, QuantizingCheckpoint):
+            file_format = f"safetensors, as it would be in {model.scheme}"
+        elif model.packed is not None:
+            file_format = f"safetensors, packed as {model.packed.get('scheme')}"
         title = config.get("_name_or_path") or model.directory.name
         num_layers = inner.get("num_hidden_layers")
         context = inner.get("max_position_embeddings")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -271,6 +272,16 @@ def quantizing(
     if isinstance(opened, GGUFFile):
         raise UsageError(f"{opened.label} is a GGUF file, quantized already: leave --quant out, or give the original")
     return QuantizingCheckpoint(opened, scheme, progress)
+
+
+@contextmanager
+def reading(opened: object) -> Iterator[None]:
+    """While a model is being read: what a quantizing reader shows of its progress ends with it."""
+    try:
+        yield
+    finally:
+        if isinstance(opened, QuantizingCheckpoint):
+            opened.close()
 
 
 def _fp8_block(source: HFCheckpoint) -> tuple[int, int]:
