@@ -2,6 +2,8 @@
 
 import torch
 
+from ostinato.kernels.rope.ref import FP8, quantize_fp8
+
 
 def inputs(
     device: torch.device,
@@ -14,6 +16,7 @@ def inputs(
     page_size: int = 8,
     max_position: int = 31,
     norms: bool = False,
+    gated: bool = False,
 ) -> dict[str, object]:
     """Rows of different slots at random positions; pages are scattered, the caches poisoned with NaN."""
     pages = max_position // page_size + 1
@@ -21,7 +24,7 @@ def inputs(
     weight = {name: torch.rand(dim, device=device) + 0.5 if norms else None for name in ("q_norm", "k_norm")}
     cache = torch.full(((rows + 1) * pages, kv_heads, page_size, dim), torch.nan, dtype=dtype, device=device)
     return {
-        "qkv": torch.randn(rows, (heads + 2 * kv_heads) * dim, device=device).to(dtype),
+        "qkv": torch.randn(rows, (heads * (1 + gated) + 2 * kv_heads) * dim, device=device).to(dtype),
         "inv_freq": (10000.0 ** -(torch.arange(0, rotary, 2) / rotary)).to(device),
         "rope_scale": 1.1,
         "positions": torch.randint(0, max_position + 1, (rows,), dtype=torch.int32, device=device),
@@ -64,3 +67,19 @@ def cached(
         "slots": slots.to(device, torch.int32),
         "positions": torch.tensor(positions, dtype=torch.int32, device=device),
     }
+
+
+def fp8(given: dict[str, object], *, filled: bool = False) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    """``given`` with caches in float8_e4m3fn, and their scales; NaN stays NaN. filled: with random vectors instead."""
+    caches, scales = {}, {}
+    for name in ("k", "v"):
+        cache = given[f"{name}_cache"].float()
+        if filled:
+            cache = torch.randn_like(cache) * torch.rand_like(cache[..., :1])
+        poisoned = cache.isnan().any(-1)
+        stored, scale = quantize_fp8(cache.nan_to_num())
+        stored.view(torch.uint8)[poisoned] = 0x7F  # NaN in this format
+        scale[poisoned] = torch.nan
+        caches[f"{name}_cache"], scales[f"{name}_scale"] = stored, scale
+    assert caches["k_cache"].dtype == FP8
+    return given | caches, scales

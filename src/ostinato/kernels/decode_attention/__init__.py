@@ -5,6 +5,8 @@ The kernels read each row's length on the device and stop there, so one captured
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ostinato.errors import KernelError
@@ -27,19 +29,24 @@ def decode_attention(
     softcap: float = 0.0,
     *,
     prefetch: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Row b attends to positions max(0, p - window + 1) … p of slot slots[b], p = positions[b]; all are in the cache.
 
     q: [B, Hq, D] floats, contiguous. k_cache, v_cache: [num_pages, Hkv, page_size, D]. page_table: int32 [S, P].
     slots, positions: int32 [B]. window 0 means all. softcap c > 0 turns a score s into c * tanh(s / c).
-    prefetch: as for ``fused_decode_attention``. Returns [B, Hq * D] in q's dtype. Raises KernelError.
+    prefetch: as for ``fused_decode_attention``. k_scale, v_scale: as for ``rope_append``, with caches of
+    float8_e4m3fn. Returns [B, Hq * D] in q's dtype. Raises KernelError.
     """
-    check_cache("decode_attention", q.device, page_table, k_cache, v_cache)
+    check_cache("decode_attention", q.device, page_table, k_cache, v_cache, k_scale, v_scale)
     _check_rows("decode_attention", q, k_cache, slots, positions, window)
     if q.device.type == "cpu":
-        return decode_attention_ref(q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap)
+        return decode_attention_ref(
+            q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap, k_scale, v_scale
+        )
     result: torch.Tensor = _decode_attention(
-        q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap, prefetch
+        q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap, prefetch, k_scale, v_scale
     )
     return result
 
@@ -63,6 +70,9 @@ def fused_decode_attention(
     window: int = 0,
     softcap: float = 0.0,
     prefetch: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
     """``rope_append`` and ``decode_attention`` of one token per slot in one kernel; returns [B, Hq * D].
 
@@ -70,11 +80,12 @@ def fused_decode_attention(
     prefetch: a promise that, since the last full dependency of the stream (the start of a graph's replay), no kernel
     has written ``positions``, ``slots``, ``page_table`` or the cache at earlier positions of these slots; the kernel
     then reads them while the one before it still runs. True of a captured step that advances positions at its end.
-    Raises KernelError.
+    gated: qkv holds after q, k and v a gate for each head of q, [B, (2 Hq + 2 Hkv) * D]; the result is multiplied by
+    the gate's sigmoid. Raises KernelError.
     """
     op = "fused_decode_attention"
-    check_rope(op, qkv, inv_freq, positions, slots, q_norm, k_norm, k_cache, num_heads, num_kv_heads)
-    check_cache(op, qkv.device, page_table, k_cache, v_cache)
+    check_rope(op, qkv, inv_freq, positions, slots, q_norm, k_norm, k_cache, num_heads, num_kv_heads, gated)
+    check_cache(op, qkv.device, page_table, k_cache, v_cache, k_scale, v_scale)
     if num_heads % num_kv_heads or k_cache.shape[1] != num_kv_heads or window < 0:
         raise KernelError(
             f"{op}: {num_heads} query heads, {num_kv_heads} kv heads, a cache of {k_cache.shape[1]} and a window of"
@@ -85,8 +96,8 @@ def fused_decode_attention(
         num_heads, num_kv_heads, scale, window, softcap,
     )  # fmt: skip
     if qkv.device.type == "cpu":
-        return fused_decode_attention_ref(*values)
-    result: torch.Tensor = _fused_decode_attention(*values, prefetch)
+        return fused_decode_attention_ref(*values, k_scale, v_scale, gated)
+    result: torch.Tensor = _fused_decode_attention(*values, prefetch, k_scale, v_scale, gated)
     return result
 
 
@@ -107,17 +118,17 @@ def _check_rows(
             )
 
 
-def _decode_cpu(*values: object) -> torch.Tensor:
-    return decode_attention_ref(*values[:-1])  # type: ignore[arg-type]  # the schema holds the types
+def _decode_cpu(*values: Any) -> torch.Tensor:
+    return decode_attention_ref(*values[:9], *values[10:])  # without prefetch, which is about kernels
 
 
-def _fused_cpu(*values: object) -> torch.Tensor:
-    return fused_decode_attention_ref(*values[:-1])  # type: ignore[arg-type]  # the schema holds the types
+def _fused_cpu(*values: Any) -> torch.Tensor:
+    return fused_decode_attention_ref(*values[:16], *values[17:])
 
 
 _decode_attention = register(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor slots, Tensor positions,"
-    " float scale, int window, float softcap, bool prefetch) -> Tensor",
+    " float scale, int window, float softcap, bool prefetch, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     reference=_decode_cpu,
     kernel="ostinato.kernels.decode_attention.triton:decode_attention",
     fake=lambda q, *rest: q.new_empty((q.shape[0], q.shape[1] * q.shape[2])),
@@ -125,8 +136,8 @@ _decode_attention = register(
 _fused_decode_attention = register(
     "fused_decode_attention(Tensor qkv, Tensor inv_freq, float rope_scale, Tensor positions, Tensor slots,"
     " Tensor page_table, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? q_norm, Tensor? k_norm, float eps,"
-    " int num_heads, int num_kv_heads, float scale, int window, float softcap, bool prefetch)"
-    " -> Tensor",
+    " int num_heads, int num_kv_heads, float scale, int window, float softcap, bool prefetch,"
+    " Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, bool gated=False) -> Tensor",
     reference=_fused_cpu,
     kernel="ostinato.kernels.decode_attention.triton:fused_decode_attention",
     fake=lambda qkv, *rest: qkv.new_empty((qkv.shape[0], rest[10] * rest[5].shape[3])),

@@ -9,21 +9,33 @@ from ostinato.kernels.rope.ref import rope_append_ref
 
 
 def cached_span(
-    k_cache: torch.Tensor, v_cache: torch.Tensor, pages: torch.Tensor, start: int, stop: int
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    pages: torch.Tensor,
+    start: int,
+    stop: int,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values at positions start … stop - 1 of the owner of ``pages`` [P], [1, Hkv, stop - start, D] each.
 
-    Views where one page holds them all, as when a slot has a single page; else copies.
+    Views where one page holds them all, as when a slot has a single page; else copies. Float32 of a scaled cache.
     """
     page_size = k_cache.shape[2]
     first, last = start // page_size, (stop - 1) // page_size
     begin, end = start - first * page_size, stop - first * page_size
-    if first == last:
-        page = int(pages[first])
-        return k_cache[page : page + 1, :, begin:end], v_cache[page : page + 1, :, begin:end]
-    index = pages[first : last + 1].long()
-    k, v = (cache[index].transpose(0, 1).flatten(1, 2)[None, :, begin:end] for cache in (k_cache, v_cache))
-    return k, v
+
+    def span(cache: torch.Tensor) -> torch.Tensor:
+        """[pages, Hkv, page_size, …] → [1, Hkv, stop - start, …]."""
+        if first == last:
+            page = int(pages[first])
+            return cache[page : page + 1, :, begin:end]
+        return cache[pages[first : last + 1].long()].transpose(0, 1).flatten(1, 2)[None, :, begin:end]
+
+    k, v = span(k_cache), span(v_cache)
+    if k_scale is None or v_scale is None:
+        return k, v
+    return k.float() * span(k_scale)[..., None], v.float() * span(v_scale)[..., None]
 
 
 def attend(
@@ -44,6 +56,11 @@ def attend(
     return torch.matmul(torch.softmax(scores, -1), v.float()).to(dtype)
 
 
+def gate_ref(out: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """out * sigmoid(gate) in float32; both [M, N]. Returns out's dtype."""
+    return (out.float() * torch.sigmoid(gate.float())).to(out.dtype)
+
+
 def decode_attention_ref(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -54,6 +71,8 @@ def decode_attention_ref(
     scale: float,
     window: int,
     softcap: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Row b attends to positions max(0, p - window + 1) … p of its slot, p = positions[b]; returns [B, Hq * D]."""
     batch, heads, dim = q.shape
@@ -62,7 +81,7 @@ def decode_attention_ref(
     rows = []
     for b, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         start = max(0, position - window + 1) if window else 0
-        k, v = cached_span(k_cache, v_cache, page_table[slot], start, position + 1)
+        k, v = cached_span(k_cache, v_cache, page_table[slot], start, position + 1, k_scale, v_scale)
         rows.append(attend(grouped[b], k, v, scale, softcap, None).reshape(1, heads * dim))
     return rows[0] if batch == 1 else torch.cat(rows)
 
@@ -84,10 +103,16 @@ def fused_decode_attention_ref(
     scale: float,
     window: int,
     softcap: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
-    """rope_append_ref, then decode_attention_ref."""
+    """rope_append_ref, then decode_attention_ref; where there is a gate, times its sigmoid."""
     q = rope_append_ref(
         qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps,
-        num_heads, num_kv_heads,
+        num_heads, num_kv_heads, k_scale, v_scale, gated,
     )  # fmt: skip
-    return decode_attention_ref(q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap)
+    out = decode_attention_ref(
+        q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap, k_scale, v_scale
+    )
+    return gate_ref(out, qkv[:, -out.shape[1] :]) if gated else out

@@ -6,6 +6,16 @@ import weakref
 
 import torch
 
+FP8 = torch.float8_e4m3fn
+FP8_LARGEST = 448.0
+
+
+def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [..., D] as float8_e4m3fn [..., D] and a float32 scale [...] a vector, the largest magnitude over 448."""
+    scale = x.abs().amax(-1) * (1.0 / FP8_LARGEST)
+    divisor = torch.where(scale > 0.0, scale, torch.ones_like(scale))
+    return (x / divisor[..., None]).to(FP8), scale
+
 
 class _Tables:
     """Cosines and signed sines of one ``inv_freq``, for positions 0 … n - 1; n grows by doubling."""
@@ -66,14 +76,18 @@ def rope_append_ref(
     eps: float,
     num_heads: int,
     num_kv_heads: int,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
     """Norm and turn q and k in float32, write k and v of each row into the cache, return q [M, Hq, D].
 
     The tables of cosines are kept for as long as ``inv_freq`` lives, since on a CPU this runs once a layer and token.
     """
     m, page_size, dim = qkv.shape[0], k_cache.shape[2], k_cache.shape[3]
-    heads = qkv.view(m, num_heads + 2 * num_kv_heads, dim)
-    qk = heads[:, : num_heads + num_kv_heads].float()
+    num_turned = num_heads + num_kv_heads
+    heads = qkv.view(m, num_turned + num_kv_heads + num_heads * gated, dim)
+    qk, values = heads[:, :num_turned].float(), heads[:, num_turned : num_turned + num_kv_heads]
     if q_norm is not None or k_norm is not None:
         qk = torch.cat((_norm(qk[:, :num_heads], q_norm, eps), _norm(qk[:, num_heads:], k_norm, eps)), 1)
     if m == 1:
@@ -81,12 +95,22 @@ def rope_append_ref(
         tables = _rope_tables(inv_freq, rope_scale, position + 1)
         turned = _rotate(qk, tables.cos[position], tables.sin[position])
         page, offset = int(page_table[int(slots), position // page_size]), position % page_size
-        k_cache[page].select(1, offset).copy_(turned[0, num_heads:])
-        v_cache[page].select(1, offset).copy_(heads[0, num_heads + num_kv_heads :])
+        k, v = k_cache[page].select(1, offset), v_cache[page].select(1, offset)
+        if k_scale is None or v_scale is None:
+            k.copy_(turned[0, num_heads:])
+            v.copy_(values[0])
+        else:
+            for stored, scales, new in ((k, k_scale, turned[0, num_heads:]), (v, v_scale, values[0].float())):
+                rounded, scales[page, :, offset] = quantize_fp8(new)
+                stored.copy_(rounded)
     else:
         tables = _rope_tables(inv_freq, rope_scale, int(positions.max()) + 1)
         turned = _rotate(qk, tables.cos[positions, None], tables.sin[positions, None])
         pages, offsets = page_table[slots, positions // page_size], positions % page_size
-        k_cache[pages, :, offsets] = turned[:, num_heads:].to(k_cache.dtype)
-        v_cache[pages, :, offsets] = heads[:, num_heads + num_kv_heads :].to(v_cache.dtype)
+        if k_scale is None or v_scale is None:
+            k_cache[pages, :, offsets] = turned[:, num_heads:].to(k_cache.dtype)
+            v_cache[pages, :, offsets] = values.to(v_cache.dtype)
+        else:
+            k_cache[pages, :, offsets], k_scale[pages, :, offsets] = quantize_fp8(turned[:, num_heads:])
+            v_cache[pages, :, offsets], v_scale[pages, :, offsets] = quantize_fp8(values.float())
     return turned[:, :num_heads].to(qkv.dtype).contiguous()
