@@ -268,8 +268,8 @@ class Runs:
             model.kv_specs, num_slots=num_slots, context=context, page_size=page_size, dtype=kv_dtype, device=device
         )
         for layer in self.kv.layers:  # nothing may be read that was not written
-            layer.k.fill_(float("nan"))
-            layer.v.fill_(float("nan"))
+            for tensor in layer.tensors():
+                tensor.fill_(float("nan"))
         for slot in range(num_slots):
             self.kv.reserve(slot, context)
 
