@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,13 +14,19 @@ from ostinato.models.interface import Checkpoint
 from ostinato.models.presets import PRESETS
 from ostinato.models.registry import family_of
 from ostinato.quant.blocks import KINDS, BlockKind, BlockWeight
+from ostinato.quant.plan import Scheme
 
 _STD = 0.02  # of the weights, as models are initialized
+_ROUTER_SPREAD = 1.5  # deviation of router logits: tokens choose different experts, none of them certainly
 _HEADS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class RandomCheckpoint:
-    """Tensors by Hugging Face names: matrices block-quantized, vectors ones. One ``seed`` always makes the same."""
+    """Tensors by Hugging Face names: matrices block-quantized but for those that ``ostinato convert`` keeps as well.
+
+    Norms pass what they get, routers spread over the experts, gates of a delta rule decay as in fresh models. One
+    ``seed`` always makes the same.
+    """
 
     def __init__(self, name: str, seed: int = 0) -> None:
         if name not in PRESETS:
@@ -41,20 +48,47 @@ class RandomCheckpoint:
     def read(self, name: str, device: torch.device | str = "cpu") -> BlockWeight | torch.Tensor:
         """The tensor ``name``, made on ``device``."""
         info = self._tensors[name]
-        if info.type_name == "F32":
-            # Norms keep what passes; a bias of ones would only shift.
-            return torch.full(info.shape, 0.0 if name.endswith(".bias") else 1.0, device=device)
         generator = torch.Generator(device).manual_seed(self.seed + list(self._tensors).index(name))
-        return random_block_weight(KINDS[info.type_name], (info.shape[0], info.shape[1]), device, generator)
+        if info.type_name in KINDS:
+            rows, columns = math.prod(info.shape[:-1]), info.shape[-1]
+            return random_block_weight(KINDS[info.type_name], (rows, columns), device, generator)
+        return self._floats(name, info.shape, device, generator).to(_DTYPES[info.type_name])
+
+    def _floats(
+        self, name: str, shape: tuple[int, ...], device: torch.device | str, generator: torch.Generator
+    ) -> torch.Tensor:
+        def normal(deviation: float) -> torch.Tensor:
+            return deviation * torch.randn(shape, device=device, generator=generator)
+
+        def uniform(low: float, high: float) -> torch.Tensor:
+            return low + (high - low) * torch.rand(shape, device=device, generator=generator)
+
+        if name.endswith(".bias"):
+            return torch.zeros(shape, device=device)
+        if name.endswith("norm.weight"):
+            one = not self.preset.zero_centred or name.endswith("linear_attn.norm.weight")
+            return torch.full(shape, float(one), device=device)
+        if name.endswith("A_log"):
+            return uniform(1.0, 16.0).log()
+        if name.endswith("dt_bias"):
+            return uniform(math.log(0.001), math.log(0.1)).exp().expm1().log()  # softplus of it: the step sizes
+        if name.endswith("conv1d.weight"):
+            return normal(shape[-1] ** -0.5)
+        if name.endswith("mlp.gate.weight"):
+            return normal(_ROUTER_SPREAD * shape[-1] ** -0.5)
+        return normal(_STD)
 
     def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        count = 1
-        for size in shape:
-            count *= size
-        if len(shape) < 2:
+        count = math.prod(shape)
+        if len(shape) < 2 or name.endswith("conv1d.weight"):
             return TensorInfo(name, shape, "F32", 4 * count)
+        if Scheme().kind_for(name, shape) is None:
+            return TensorInfo(name, shape, "BF16", 2 * count)
         kind = self.preset.head if name in _HEADS else self.preset.quant
         return TensorInfo(name, shape, kind, count * KINDS[kind].bits // 8)
+
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 def random_block_weight(
