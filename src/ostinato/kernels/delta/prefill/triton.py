@@ -197,7 +197,7 @@ def _delta_chunk_kernel(
     total = tl.cumsum(tl.load(decays + t * HV + head), 0)
     lower = i[:, None] >= i[None, :]
     decay = tl.where(lower, tl.exp(tl.where(lower, total[:, None] - total[None, :], 0.0)), 0.0)
-    products = _product(k, tl.trans(k), INVERSE_PRECISION) * decay * beta[:, None]
+    products = _product(k, tl.trans(k), PRECISION) * decay * beta[:, None]
     inverse = _unit_lower_inverse(tl.where(i[:, None] > i[None, :], products, 0.0), INVERSE_PRECISION)
     out = (chunk.to(tl.int64) * HV + head) * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
     tl.store(transforms + out, (inverse * beta[None, :]).to(transforms.dtype.element_ty))
@@ -343,7 +343,8 @@ class Plan:
     """How the chunks are computed.
 
     precision: of the products of the scan, ``bf16`` or an input precision of tl.dot. stored: dtype of what lies between
-    the kernels. columns: value columns of a program of the scan. warps, stages: of the scan.
+    the kernels. columns: value columns of a program of the scan. warps, stages: of the scan. chunk_warps: of the kernel
+    that prepares the chunks.
     """
 
     precision: str
@@ -351,6 +352,7 @@ class Plan:
     columns: int
     warps: int
     stages: int
+    chunk_warps: int = 4
 
 
 def choose(dtype: torch.dtype, value_dim: int) -> Plan:
@@ -415,7 +417,7 @@ def delta_prefill(
     if chunked:
         _delta_chunk_kernel[(num_v_heads, num_chunks)](
             mixed, betas, decays, transforms, scores, DK=key_dim, DKP=key_block, C=channels, CHUNK=CHUNK, TILED=tiled,
-            PRECISION=chosen.precision, INVERSE_PRECISION="tf32x3", num_warps=4, **heads, **options,
+            PRECISION=chosen.precision, INVERSE_PRECISION="tf32x3", num_warps=chosen.chunk_warps, **heads, **options,
         )  # fmt: skip
     o = torch.empty((num_tokens, num_v_heads * value_dim), dtype=torch.float32, device=qkvz.device)
     _delta_scan_kernel[(num_v_heads, triton.cdiv(value_block, chosen.columns))](

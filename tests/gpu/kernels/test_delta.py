@@ -1,0 +1,113 @@
+"""The delta rule at the sizes of Qwen3.5-35B-A3B, compiled, against the reference in plain PyTorch."""
+
+import pytest
+import torch
+
+from ostinato.kernels.delta import delta_decode, delta_prefill
+from ostinato.kernels.delta.ref import delta_decode_ref, delta_prefill_ref
+
+from ...unit.kernels.deltas import arguments, copied, distance, int32, with_past
+
+pytestmark = pytest.mark.gpu
+
+# float32 sums of up to 2,048 products in another order, carried from token to token.
+FLOAT32 = 2e-5
+# One rounding to bfloat16, 2^-9 at random, and products of tf32, 2^-11 each.
+BFLOAT16 = 4e-3
+SIZES = {"key_heads": 16, "value_heads": 32, "key_dim": 128, "value_dim": 128, "hidden": 2048}
+
+
+def part(given: dict, first: int, stop: int, slot: int = 1) -> dict:
+    """The rows first … stop - 1 of ``given``, at these positions of a slot."""
+    rows = {name: given[name][first:stop] for name in ("qkvz", "h")}
+    place = {"slots": int32(*[slot] * (stop - first)), "positions": int32(*range(first, stop))}
+    return given | rows | {name: v.cuda() for name, v in place.items()}
+
+
+def same_states(ours: dict, theirs: dict, tolerance: float, slot: int = 1) -> None:
+    for name in ("conv_state", "state"):
+        assert distance(ours[name][slot], theirs[name][slot]) < tolerance, name
+
+
+@pytest.mark.parametrize("defer_norm", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 33, 64])
+def test_decode(rows: int, defer_norm: bool) -> None:
+    positions = [(7, 0, 3, 1)[i % 4] for i in range(rows)]
+    given = with_past(arguments(rows, **SIZES, num_slots=rows, dtype=torch.bfloat16), positions)
+    given["active"] = int32(*[int(i % 5 != 4) for i in range(rows)])
+    ours, theirs = copied(given, "cuda"), copied(given)
+    y, squares = delta_decode(**ours, defer_norm=defer_norm)
+    expected, squares_ref = delta_decode_ref(**theirs, tiled=False, defer_norm=defer_norm)
+    chosen = given["active"] != 0
+    assert distance(y.cpu()[chosen], expected[chosen]) < BFLOAT16
+    if defer_norm:
+        assert distance(squares.cpu().sum(-1)[chosen], squares_ref.sum(-1)[chosen]) < FLOAT32
+    for name in ("conv_state", "state"):
+        assert torch.equal(ours[name].cpu().isnan(), theirs[name].isnan())
+        assert distance(ours[name].nan_to_num(0.0), theirs[name].nan_to_num(0.0)) < FLOAT32
+
+
+def test_decode_in_a_graph_follows_positions_on_the_device() -> None:
+    """40 tokens by replays of one graph are 40 tokens of the reference; only the first position resets the states."""
+    whole = arguments(40, **SIZES, dtype=torch.bfloat16)
+    ours, theirs = copied(whole, "cuda"), copied(whole, "cuda")
+    expected = delta_prefill_ref(**part(theirs, 0, 40), tiled=False)
+    step = part(ours, 0, 1)
+    step["qkvz"], step["h"] = step["qkvz"].clone(), step["h"].clone()
+    delta_decode(**step, prefetch=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _ = delta_decode(**step, prefetch=True)
+    for t in range(40):
+        step["qkvz"].copy_(ours["qkvz"][t : t + 1])
+        step["h"].copy_(ours["h"][t : t + 1])
+        step["positions"].fill_(t)
+        y.fill_(torch.nan)
+        graph.replay()
+        assert distance(y, expected[t : t + 1]) < BFLOAT16, t
+    same_states(ours, theirs, 2 * FLOAT32)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 31, 32, 63, 64, 65, 128, 256, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prefill(tokens: int, dtype: torch.dtype) -> None:
+    given = arguments(tokens, **SIZES, dtype=dtype)
+    ours, theirs = copied(given, "cuda"), copied(given, "cuda")
+    y = delta_prefill(**part(ours, 0, tokens))
+    expected = delta_prefill_ref(**part(theirs, 0, tokens), tiled=False)
+    assert distance(y, expected) < (FLOAT32 if dtype == torch.float32 else BFLOAT16)
+    same_states(ours, theirs, FLOAT32 if dtype == torch.float32 else BFLOAT16)
+    assert ours["state"][[0, 2]].isnan().all()
+
+
+@pytest.mark.parametrize("splits", [(1, 999), (64, 64, 872), (31, 32, 63, 65, 3, 2, 804), (500, 1, 1, 498)], ids=str)
+def test_any_split_gives_the_same(splits: tuple[int, ...]) -> None:
+    given = arguments(1000, **SIZES, dtype=torch.float32)
+    whole, parts = copied(given, "cuda"), copied(given, "cuda")
+    expected = delta_prefill(**part(whole, 0, 1000))
+    ends = [sum(splits[: i + 1]) for i in range(len(splits))]
+    got = torch.cat([delta_prefill(**part(parts, end - n, end)) for end, n in zip(ends, splits, strict=True)])
+    assert distance(got, expected) < FLOAT32
+    same_states(parts, whole, FLOAT32)
+
+
+def test_decode_after_prefill() -> None:
+    given = arguments(140, **SIZES, dtype=torch.float32)
+    whole, parts = copied(given, "cuda"), copied(given, "cuda")
+    expected = delta_prefill(**part(whole, 0, 140))
+    got = [delta_prefill(**part(parts, 0, 100)), *(delta_decode(**part(parts, t, t + 1))[0] for t in range(100, 140))]
+    assert distance(torch.cat(got), expected) < FLOAT32
+    same_states(parts, whole, FLOAT32)
+
+
+def test_keys_that_are_all_alike() -> None:
+    """The worst case of the chunks' triangular inverse: one key, written again and again with beta near 1."""
+    given = arguments(200, **SIZES, dtype=torch.float32)
+    given["qkvz"][:, : 2 * 16 * 128] = given["qkvz"][:1, : 2 * 16 * 128]
+    given["beta_alpha"] = torch.zeros_like(given["beta_alpha"])
+    given["dt_bias"] = torch.full((32,), -9.0)
+    ours, theirs = copied(given, "cuda"), copied(given, "cuda")
+    y = delta_prefill(**part(ours, 0, 200))
+    expected = delta_prefill_ref(**part(theirs, 0, 200), tiled=False)
+    assert distance(y, expected) < 1e-4
+    same_states(ours, theirs, 1e-4)
