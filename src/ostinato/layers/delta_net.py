@@ -13,6 +13,7 @@ from ostinato.kernels.delta import delta_decode, delta_prefill
 from ostinato.kv.recurrent import RecurrentState
 from ostinato.layers.batch import Batch
 from ostinato.layers.linear import Linear, Norm, weight_bytes
+from ostinato.quant.blocks import BlockWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,13 @@ class DeltaNet:
     def __call__(self, h: torch.Tensor, batch: Batch, state: RecurrentState, activation: torch.dtype) -> torch.Tensor:
         """h: float32 [M, hidden] → float32 [M, hidden]; advances the states of the rows' slots."""
         qkvz = self.in_proj(h, norm=self.norm, out_dtype=activation)
+        y, squares = self.rule(qkvz, h, batch, state)
+        return self.out(y, residual=h, squares=squares, squares_eps=self.gate_norm.eps)
+
+    def rule(
+        self, qkvz: torch.Tensor, h: torch.Tensor, batch: Batch, state: RecurrentState
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Convolution, gates, delta rule, gated norm: [M, Hv · Dv], and the squares of heads that lack their norm."""
         weights = (
             self.norm.weight,
             self.norm.eps,
@@ -49,20 +57,7 @@ class DeltaNet:
             self.gate_norm.eps,
         )
         place = (state.conv, state.state, batch.slots, batch.positions)
-        if batch.decode:
-            y, _ = delta_decode(
-                qkvz,
-                h,
-                *weights,
-                *place,
-                batch.active,
-                num_k_heads=self.num_k_heads,
-                num_v_heads=self.num_v_heads,
-                tiled=self.tiled,
-                # The embedding starts a step with a full dependency, and states advance in this kernel alone.
-                prefetch=True,
-            )
-        else:
+        if not batch.decode:
             y = delta_prefill(
                 qkvz,
                 h,
@@ -72,7 +67,25 @@ class DeltaNet:
                 num_v_heads=self.num_v_heads,
                 tiled=self.tiled,
             )
-        return self.out(y, residual=h)
+            return y, None
+        # One row alone does not fill a GPU: several programs share a head, and its norm is left to the next product.
+        defer = (
+            h.is_cuda and h.shape[0] == 1 and len(self.out.parts) == 1 and isinstance(self.out.parts[0], BlockWeight)
+        )
+        y, squares = delta_decode(
+            qkvz,
+            h,
+            *weights,
+            *place,
+            batch.active,
+            num_k_heads=self.num_k_heads,
+            num_v_heads=self.num_v_heads,
+            tiled=self.tiled,
+            defer_norm=defer,
+            # The embedding starts a step with a full dependency, and states advance in this kernel alone.
+            prefetch=True,
+        )
+        return y, squares if defer else None
 
     @property
     def num_bytes(self) -> int:

@@ -1,0 +1,152 @@
+"""Where the time of a decode step goes: each part of a model's step in a graph of its own, over all layers' weights.
+
+    python benchmarks/step_parts.py --random qwen3.5-35b-a3b [--context 512] [--batch 1]
+
+A part's graph runs it for every layer in turn, so its weights come from memory and not from the cache, and each kernel
+starts behind the one before it under programmatic dependent launch, as in the step. Parts overlap in the step, so they
+add up to more than it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from ostinato.engine.loading import EngineConfig, load_engine
+from ostinato.engine.measure import read_bandwidth
+from ostinato.engine.step import decode_step
+from ostinato.kernels.embed import embed
+from ostinato.kv.recurrent import RecurrentState
+from ostinato.layers.attention import Attention
+from ostinato.layers.batch import Batch
+from ostinato.layers.delta_net import DeltaNet
+from ostinato.load.random import RandomCheckpoint
+
+REPLAYS = 30
+
+
+def graph_us(run: Callable[[], object]) -> float:
+    """Microseconds of a graph of ``run``, median over replays."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    times = []
+    for _ in range(REPLAYS):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return sorted(times)[REPLAYS // 2] * 1e3
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--random", default="qwen3.5-35b-a3b")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--kv", default="auto")
+    args = parser.parse_args()
+    opened = RandomCheckpoint(args.random)
+    loaded = load_engine(
+        opened, EngineConfig(device="cuda", context=args.context + 64, num_slots=args.batch, kv=args.kv)
+    )
+    model, runner, device = loaded.model, loaded.runner, loaded.device
+    limit = read_bandwidth(device)
+    print(f"{opened.label}: loaded in {loaded.seconds:.1f} s, reads {limit / 1e12:.2f} TB/s")
+
+    rows = args.batch
+    for slot in range(rows):
+        runner.kv.reserve(slot, args.context + 64)
+    slots = torch.arange(rows, dtype=torch.int32, device=device)
+    tokens = torch.randint(model.vocab_size, (rows,), dtype=torch.int32, device=device)
+    positions = torch.full((rows,), args.context, dtype=torch.int32, device=device)
+    active = torch.ones(rows, dtype=torch.int32, device=device)
+    batch = Batch(tokens, positions, slots, True, active)
+    act = model.activation
+    h = embed(tokens, model.embed, out_dtype=torch.float32)
+    mixers = [(layer.mixer, cache) for layer, cache in zip(model.layers, runner.kv.layers, strict=True)]
+    deltas = [(m, c) for m, c in mixers if isinstance(m, DeltaNet)]
+    attentions = [(m, c) for m, c in mixers if isinstance(m, Attention)]
+    experts = [layer.mlp for layer in model.layers]
+    kv_bytes = rows * args.context * (loaded.budget.kv_bytes_per_token // max(len(attentions), 1))
+
+    def show(name: str, count: int, num_bytes: float, run: Callable[[], object]) -> None:
+        us = graph_us(run) / count
+        print(f"{name:32s} {us:8.2f} us × {count:3d} {num_bytes / 1e6:9.2f} MB {num_bytes / us / limit * 1e8:6.1f} %")
+
+    def each(found: list[object], call: Callable[..., object]) -> Callable[[], object]:
+        def run() -> None:
+            for item in found:
+                call(item)
+
+        return run
+
+    if deltas:
+        first = deltas[0][0]
+        qkvz = first.in_proj(h, norm=first.norm, out_dtype=act)
+        y = torch.randn(rows, first.num_v_heads * first.gate_norm.weight.shape[0], dtype=act, device=device)
+        state = 2 * rows * sum(t[0].numel() * t.element_size() for t in deltas[0][1].tensors())
+        show(
+            "delta: norm + input projection",
+            len(deltas),
+            first.in_proj.num_bytes,
+            each(deltas, lambda d: d[0].in_proj(h, norm=d[0].norm, out_dtype=act)),
+        )
+        show(
+            "delta: conv, rule, gated norm", len(deltas), state, each(deltas, lambda d: d[0].rule(qkvz, h, batch, d[1]))
+        )
+        show(
+            "delta: output + residual",
+            len(deltas),
+            first.out.num_bytes,
+            each(deltas, lambda d: d[0].out(y, residual=h)),
+        )
+        show("delta: whole mixer", len(deltas), 0, each(deltas, lambda d: d[0](h, batch, d[1], act)))
+    if attentions:
+        first_a = attentions[0][0]
+        width = first_a.num_heads * first_a.spec.head_dim
+        z = torch.randn(rows, width, dtype=act, device=device)
+        show(
+            "attention: norm + projections",
+            len(attentions),
+            first_a.qkv.num_bytes,
+            each(attentions, lambda a: a[0].qkv(h, norm=a[0].norm, out_dtype=act)),
+        )
+        show(
+            "attention: output + residual",
+            len(attentions),
+            first_a.out.num_bytes,
+            each(attentions, lambda a: a[0].out(z, residual=h)),
+        )
+        show("attention: whole mixer", len(attentions), kv_bytes, each(attentions, lambda a: a[0](h, batch, a[1], act)))
+    show("experts: all of the block", len(experts), experts[0].num_bytes, each(experts, lambda e: e(h, act)))
+    show(
+        "norm + lm_head",
+        1,
+        model.head.num_bytes,
+        lambda: model.head(h, norm=model.norm, out_dtype=torch.float32),
+    )
+    logits = model.head(h, norm=model.norm, out_dtype=torch.float32)
+    show("sampler", 1, 0, lambda: runner.sampler.step(logits))
+    show("the forward pass", 1, model.bytes_per_token, lambda: model.forward(batch, runner.kv.layers))
+    recurrent = [c for c in runner.kv.layers if isinstance(c, RecurrentState)]
+    print(f"{len(recurrent)} recurrent layers of {len(runner.kv.layers)}")
+    show(
+        "the step",
+        1,
+        model.bytes_per_token,
+        lambda: decode_step(model, runner.kv, runner.sampler, runner.buffers, rows),
+    )
+
+
+if __name__ == "__main__":
+    main()
