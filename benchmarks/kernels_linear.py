@@ -34,7 +34,7 @@ COPIES_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Product:
-    """One product: N (of the result), K, rows of x, and what is fused with it."""
+    """One product: N (of the result), K, rows of x, and what is fused with it; heads: of x, whose norm comes late."""
 
     kind: str
     n: int
@@ -43,6 +43,7 @@ class Product:
     norm: bool = False
     residual: bool = False
     gated: bool = False
+    heads: int = 0
 
     @property
     def key(self) -> str:
@@ -113,6 +114,9 @@ class Bench:
             self.x = self.x.bfloat16()
         self.norm = torch.rand(p.k, device=CUDA) if p.norm else None
         self.residual = torch.randn(p.m, n, device=CUDA) if p.residual else None
+        self.squares = torch.rand(p.m, p.heads, 4, device=CUDA) if p.heads else None
+        if p.heads:
+            self.x = self.x.bfloat16()
         self.out_dtype = self.x.dtype if p.m > 8 and not p.residual else torch.float32
 
     def call(self, weight: BlockWeight, tiles: Tiles | None) -> torch.Tensor:
@@ -121,7 +125,7 @@ class Bench:
         gated = "silu" if self.product.gated else None
         found: torch.Tensor = launch(
             self.x, w.words, w.d, w.high, w.m, w.sub_d, w.sub_m, w.kind.name, self.norm, 1e-5, None, self.residual,
-            gated, self.out_dtype, tiles,
+            gated, self.out_dtype, self.squares, tiles,
         )  # fmt: skip
         return found
 
@@ -211,7 +215,24 @@ def large(ms: tuple[int, ...], kinds: tuple[str, ...]) -> list[Product]:
     return [Product(kind, n, k, m) for kind in kinds for n, k in shapes for m in ms]
 
 
+def qwen35(ms: tuple[int, ...]) -> list[Product]:
+    """The products of Qwen3.5-35B-A3B outside its experts, int4 in groups of 128."""
+    return [
+        product
+        for m in ms
+        for product in (
+            Product("I4_128", 12288, 2048, m, norm=True),
+            Product("I4_128", 2048, 4096, m, residual=True, heads=32 if m == 1 else 0),
+            Product("I4_128", 9216, 2048, m, norm=True),
+            Product("I6_64", 248320, 2048, m, norm=True),
+        )
+    ]
+
+
 SETS: dict[str, list[Product]] = {
+    "qwen35": qwen35((1,)),
+    "qwen35-few": qwen35((2, 4, 8)),
+    "qwen35-many": qwen35((16, 32, 64)),
     "batch": large((4, 16, 64), ("Q4_K",)),
     "middle": [Product("Q4_K", n, k, m) for n, k in ((12288, 2048), (2048, 4096)) for m in (4, 16)],
     "smollm": smollm((1,)),
