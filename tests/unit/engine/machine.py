@@ -16,6 +16,7 @@ from ostinato.engine.request import Sequence as TokenSequence
 from ostinato.engine.runner import Runner
 from ostinato.engine.scheduler import Scheduler
 from ostinato.kv.paged import PagedKV
+from ostinato.kv.recurrent import RecurrentState
 from ostinato.models.interface import Model
 from ostinato.sampling import Published, SamplingParams
 from tests.unit.models.tiny import CPU, FAMILIES, build, reference, save_hf
@@ -45,8 +46,8 @@ def _kv(model: Model, num_slots: int, context: int, page_size: int) -> PagedKV:
     )
     for layer in kv.layers:
         # What nobody wrote must not be read; the dummy page is read by idle rows, whose results nobody reads.
-        layer.k[1:] = float("nan")
-        layer.v[1:] = float("nan")
+        for tensor in layer.tensors():
+            tensor[0 if isinstance(layer, RecurrentState) else 1 :] = float("nan")
     return kv
 
 
