@@ -18,11 +18,15 @@ from ostinato.engine.scheduler import Scheduler
 from ostinato.errors import CheckpointError, UnsupportedModelError
 from ostinato.kv.paged import PagedKV
 from ostinato.layers.moe import MoE
+from ostinato.load.convert import convert
 from ostinato.load.gguf import GGUFFile
+from ostinato.load.quantizing import QuantizingCheckpoint
 from ostinato.load.safetensors import HFCheckpoint
 from ostinato.models.interface import Model
 from ostinato.models.qwen3_5 import Qwen35Config, Qwen35ForCausalLM
-from ostinato.quant.blocks import BlockWeight
+from ostinato.quant.blocks import BlockWeight, dequantize
+from ostinato.quant.int4 import quantize
+from ostinato.quant.plan import Scheme
 from tests.unit.engine.machine import request, run_all
 from tests.unit.models.tiny import (
     CPU,
@@ -186,7 +190,7 @@ def fused_checkpoint(theirs: PreTrainedModel, directory: Path, *, multimodal: bo
         tensors |= {
             "model.visual.blocks.0.attn.qkv.weight": torch.ones(4, 4),
             "mtp.fc.weight": torch.ones(4, 4),
-            "mtp.layers.0.mlp.experts.0.up_proj.weight": torch.ones(4, 4),
+            "mtp.layers.0.mlp.gate.weight": torch.ones(4, 4),
         }
         outer = config["model_type"].removesuffix("_text")
         config = {"model_type": outer, "text_config": config, "vision_config": {"depth": 1}}
@@ -242,6 +246,29 @@ def test_bfloat16_checkpoints_keep_router_and_gates_as_they_are(tmp_path: Path) 
     expected = reference_logits(theirs, ids)
     close(theirs, Runs(exact).prefill(ids), expected)
     assert apart(Runs(fast).prefill(ids), expected) < 30**0.5 * 2.0**-8
+
+
+@pytest.mark.parametrize("multimodal", [False, True])
+@pytest.mark.parametrize("spec", [MOE, WIDE, DENSE, NEXT], ids=str)
+def test_int4_made_on_the_fly_and_converted(tmp_path: Path, spec: Spec, multimodal: bool) -> None:
+    """Equal to transformers on the dequantized weights, whether experts come one by one or as stacks."""
+    theirs, scheme = reference(spec), Scheme(32, "int8")
+    if multimodal:
+        opened = fused_checkpoint(theirs, tmp_path / "source", multimodal=spec is not NEXT)
+    else:
+        opened = save_hf(theirs, tmp_path / "source")
+    with torch.no_grad():
+        for name, tensor in theirs.state_dict().items():
+            kind = scheme.kind_for(name, tuple(tensor.shape))
+            if kind is not None:
+                tensor.copy_(dequantize(quantize(tensor.reshape(-1, tensor.shape[-1]), kind)).view(tensor.shape))
+    convert(opened, tmp_path / "packed", scheme)
+    ids = random_ids(24)
+    expected = reference_logits(theirs, ids)
+    for source in (QuantizingCheckpoint(opened, scheme), HFCheckpoint(tmp_path / "packed")):
+        close(theirs, Runs(build(source)).prefill(ids), expected)
+        fast = build(source, activation=torch.bfloat16)
+        assert apart(Runs(fast).prefill(ids), expected) < 2 * 30**0.5 * 2.0**-8
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
