@@ -128,7 +128,7 @@ def main() -> None:
             each(attentions, lambda a: a[0].out(z, residual=h)),
         )
         show("attention: whole mixer", len(attentions), kv_bytes, each(attentions, lambda a: a[0](h, batch, a[1], act)))
-    show("experts: all of the block", len(experts), experts[0].num_bytes, each(experts, lambda e: e(h, act)))
+    show("experts: all of the block", len(experts), experts[0].expected_bytes(rows), each(experts, lambda e: e(h, act)))
     show(
         "norm + lm_head",
         1,
@@ -137,13 +137,13 @@ def main() -> None:
     )
     logits = model.head(h, norm=model.norm, out_dtype=torch.float32)
     show("sampler", 1, 0, lambda: runner.sampler.step(logits))
-    show("the forward pass", 1, model.bytes_per_token, lambda: model.forward(batch, runner.kv.layers))
+    show("the forward pass", 1, model.bytes_per_step(rows), lambda: model.forward(batch, runner.kv.layers))
     recurrent = [c for c in runner.kv.layers if isinstance(c, RecurrentState)]
     print(f"{len(recurrent)} recurrent layers of {len(runner.kv.layers)}")
     show(
         "the step",
         1,
-        model.bytes_per_token,
+        model.bytes_per_step(rows),
         lambda: decode_step(model, runner.kv, runner.sampler, runner.buffers, rows),
     )
 

@@ -167,7 +167,7 @@ def _measure(
         ostinato_version=__version__,
         threads=None if on_gpu else torch.get_num_threads(),
         read_bandwidth=bandwidth,
-        weight_bytes_per_token=loaded.model.bytes_per_token,
+        weight_bytes_per_token=loaded.model.bytes_per_step(),
         load_s=loaded.seconds,
         decode=tuple(decode),
         prefill=tuple(prefill),

@@ -54,12 +54,13 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready. seconds: how long loading (and, where asked for, capture) took."""
+    """A model that is ready. state_dtype: of recurrent state. seconds: how long loading took."""
 
     runner: Runner
     model: Model
     budget: MemoryBudget
     device: torch.device
+    state_dtype: torch.dtype
     seconds: float
 
 
@@ -158,7 +159,7 @@ def load_engine(opened: Openable, config: EngineConfig) -> Loaded:
         runner = make_runner(model, budget, kv_dtype, device, config)
     seconds = time.perf_counter() - started
     _LOG.info("loaded in %.2f s: %s", seconds, budget)
-    return Loaded(runner, model, budget, device, seconds)
+    return Loaded(runner, model, budget, device, state_dtype, seconds)
 
 
 def make_runner(

@@ -98,7 +98,8 @@ def measure_decode(
     rates = [_decode_once(runner, loaded, context, batch, new_tokens, temperature) for _ in range(repeats + 1)][1:]
     spread = Spread.of(rates)
     per_token = loaded.budget.kv_bytes_per_token
-    step_bytes = loaded.model.bytes_per_token + batch * per_token * (context + new_tokens // 2)
+    state = 2 * sum(spec.bytes_per_slot(loaded.state_dtype) for spec in loaded.model.kv_specs)  # read and written
+    step_bytes = loaded.model.bytes_per_step(batch) + batch * (state + per_token * (context + new_tokens // 2))
     steps_per_s = spread.median / batch
     return DecodePoint(
         context=context,

@@ -69,14 +69,14 @@ class MoE:
         )
         return out if self.shared is None else out + self.shared(h, self.norm, activation)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of weights that one token reads."""
+    def expected_bytes(self, num_rows: int) -> int:
+        """Bytes of weights that ``num_rows`` tokens read when every expert is as likely as another."""
         has_shared = self.shared_gate is not None
-        stacked = weight_bytes(self.gate_up) + weight_bytes(self.down)
-        picked = stacked * (self.top_k + has_shared) // (self.num_experts + has_shared)
+        expert = (weight_bytes(self.gate_up) + weight_bytes(self.down)) // (self.num_experts + has_shared)
+        chosen = self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** num_rows)
         extra = 0 if self.shared_gate is None else weight_bytes(self.shared_gate)
-        return weight_bytes(self.router) + picked + extra + (0 if self.shared is None else self.shared.num_bytes)
+        apart = 0 if self.shared is None else self.shared.num_bytes
+        return weight_bytes(self.router) + int(expert * (chosen + has_shared)) + extra + apart
 
 
 class ExpertStack:

@@ -57,9 +57,8 @@ class Model(Protocol):
     @property
     def kv_specs(self) -> Sequence[KVSpec | RecurrentSpec]: ...
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of weights that one decode step at batch 1 must read."""
+    def bytes_per_step(self, num_rows: int = 1) -> int:
+        """Bytes of weights that a decode step of ``num_rows`` reads, with experts as they fall when all are as likely."""
         ...
 
     def forward(

@@ -267,11 +267,10 @@ class LlamaForCausalLM:
     def kv_specs(self) -> tuple[KVSpec, ...]:
         return self.config.kv_specs
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of weights that one decode step at batch 1 must read."""
+    def bytes_per_step(self, num_rows: int = 1) -> int:
+        """Bytes of weights that a decode step of ``num_rows`` reads."""
         layers = sum(layer.self_attn.num_bytes + layer.mlp.num_bytes for layer in self.layers)
-        return layers + self.head.num_bytes + weight_bytes(self.embed) // self.vocab_size
+        return layers + self.head.num_bytes + num_rows * weight_bytes(self.embed) // self.vocab_size
 
     def forward(
         self, batch: Batch, kv: Sequence[LayerKV | RecurrentState], rows: torch.Tensor | None = None

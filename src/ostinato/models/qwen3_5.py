@@ -84,11 +84,13 @@ class Qwen35ForCausalLM:
     def kv_specs(self) -> tuple[KVSpec | RecurrentSpec, ...]:
         return self.config.kv_specs
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of weights that one decode step at batch 1 must read."""
-        layers = sum(layer.mixer.num_bytes + layer.mlp.num_bytes for layer in self.layers)
-        return layers + self.head.num_bytes + weight_bytes(self.embed) // self.vocab_size
+    def bytes_per_step(self, num_rows: int = 1) -> int:
+        """Bytes of weights that a decode step of ``num_rows`` reads; of experts the number that is to be expected."""
+        mixers = sum(layer.mixer.num_bytes for layer in self.layers)
+        sparse = sum(layer.mlp.expected_bytes(num_rows) for layer in self.layers if isinstance(layer.mlp, MoE))
+        dense = sum(layer.mlp.num_bytes for layer in self.layers if isinstance(layer.mlp, GatedMLP))
+        embedding = num_rows * weight_bytes(self.embed) // self.vocab_size
+        return mixers + sparse + dense + self.head.num_bytes + embedding
 
     def forward(
         self, batch: Batch, kv: Sequence[LayerKV | RecurrentState], rows: torch.Tensor | None = None

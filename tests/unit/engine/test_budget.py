@@ -59,7 +59,7 @@ def test_loading_takes_what_was_promised(opened: GGUFFile, dtype: str, slots: in
     assert loaded.runner.kv.num_bytes == loaded.budget.kv_bytes
     model = loaded.model
     vectors = sum(4 * t.num_elements for t in opened.tensors.values() if len(t.shape) == 1)
-    held = model.bytes_per_token + weight_bytes(model.embed) * (1 - 1 / model.vocab_size) + vectors
+    held = model.bytes_per_step() + weight_bytes(model.embed) * (1 - 1 / model.vocab_size) + vectors
     assert loaded.budget.weight_bytes == pytest.approx(held, abs=1)
     b = loaded.runner.sampler.buffers
     large = b.logit_bias.numel() * 4 + b.token_counts.numel() * 4

@@ -443,7 +443,7 @@ def test_a_file_that_lacks_a_key_or_a_tensor(tmp_path: Path) -> None:
         build(save_gguf(tmp_path / "m.gguf", metadata, tensors))
 
 
-def test_bytes_per_token_count_the_experts_that_are_read(tmp_path: Path) -> None:
+def test_bytes_per_step_count_the_experts_that_are_read(tmp_path: Path) -> None:
     theirs = reference(MOE)
     model = build(save_hf(theirs, tmp_path))
     shutil.rmtree(tmp_path)
@@ -451,4 +451,4 @@ def test_bytes_per_token_count_the_experts_that_are_read(tmp_path: Path) -> None
     unread = (c.num_experts - c.num_experts_per_tok) * 3 * c.moe_intermediate_size * c.hidden_size
     embedding = (c.vocab_size - 1) * c.hidden_size
     matrices = sum(p.numel() for p in theirs.parameters() if p.dim() > 1)
-    assert model.bytes_per_token == 4 * (matrices - 3 * unread - embedding)
+    assert model.bytes_per_step() == 4 * (matrices - 3 * unread - embedding)
