@@ -1,4 +1,4 @@
-"""Small random checkpoints in memory, of all four families and any type of weight; needs PyTorch alone."""
+"""Small random checkpoints in memory, of every family and any type of weight; needs PyTorch alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Any
 import torch
 
 from ostinato.kv.paged import PagedKV
+from ostinato.kv.recurrent import RecurrentState
 from ostinato.layers.batch import Batch
 from ostinato.layers.linear import Target
 from ostinato.load.random import random_block_weight
 from ostinato.load.source import TensorInfo, WeightReader
 from ostinato.models.interface import Checkpoint, Model
 from ostinato.models.llama import LlamaConfig
+from ostinato.models.qwen3_5 import HF_TYPES as QWEN35_TYPES
+from ostinato.models.qwen3_5 import Qwen35Config
 from ostinato.quant.blocks import KINDS, BlockWeight
+from ostinato.quant.plan import Scheme
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 VOCAB, CONTEXT = 512, 256
@@ -61,6 +65,33 @@ FAMILIES = (
 )
 
 
+_DELTA = {
+    "head_dim": 128,
+    "num_attention_heads": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_hidden_layers": 4,
+}
+_EXPERTS = {
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+}
+DELTA_FAMILIES = (
+    Spec("qwen35-moe", "qwen3_5_moe_text", {**_DELTA, **_EXPERTS}),
+    Spec("qwen35", "qwen3_5_text", {**_DELTA, "linear_num_value_heads": 2, "tie_word_embeddings": True}),
+    Spec("qwen3-next", "qwen3_next", {**_DELTA, **_EXPERTS, "linear_num_value_heads": 6}),
+    Spec("qwen3-moe", "qwen3_moe", {**_EXPERTS, "head_dim": 64}),
+)
+
+
+def config_of(spec: Spec) -> LlamaConfig | Qwen35Config:
+    """The family's own config."""
+    family = Qwen35Config if spec.model_type in QWEN35_TYPES else LlamaConfig
+    return family.from_hf(spec.config)
+
+
 class MemorySource:
     """Tensors by Hugging Face names. The same spec has the same weights every time, whatever it is placed on."""
 
@@ -69,21 +100,21 @@ class MemorySource:
     def __init__(self, spec: Spec) -> None:
         self.values: dict[str, BlockWeight | torch.Tensor] = {}
         self._tensors: dict[str, TensorInfo] = {}
-        shapes = LlamaConfig.from_hf(spec.config).weight_shapes()
-        for number, (name, shape) in enumerate(shapes.items()):
+        for number, (name, shape) in enumerate(config_of(spec).weight_shapes().items()):
             generator = torch.Generator().manual_seed(number)
             noise = torch.randn(shape, generator=generator)
-            kind = "F32" if len(shape) < 2 else spec.kind
+            plain = spec.kind == "F32" or len(shape) < 2 or _never_quantized(name)
             if len(shape) < 2:
-                self.values[name] = 0.3 * noise + ("norm" in name)
-            elif spec.kind == "F32":
-                self.values[name] = noise * 1.2 * shape[1] ** -0.5
+                self.values[name] = 0.3 * noise + _centre(spec, name)
+            elif plain:
+                self.values[name] = noise * 1.2 * shape[-1] ** -0.5
             else:
-                block = random_block_weight(KINDS[spec.kind], (shape[0], shape[1]), "cpu", generator)
+                rows = noise.numel() // shape[-1]
+                block = random_block_weight(KINDS[spec.kind], (rows, shape[-1]), "cpu", generator)
                 self.values[name] = dataclasses.replace(
                     block, d=block.d * 3, m=None if block.m is None else block.m * 3
                 )
-            self._tensors[name] = TensorInfo(name, shape, kind, 0)
+            self._tensors[name] = TensorInfo(name, shape, "F32" if plain else spec.kind, 0)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -93,12 +124,24 @@ class MemorySource:
         return self.values[name].to(device)
 
 
+def _never_quantized(name: str) -> bool:
+    return name.startswith("model.layers.") and Scheme().kind_for(name, (128, 128)) is None
+
+
+def _centre(spec: Spec, name: str) -> float:
+    """Around what the elements of a vector lie: norms that are not stored without their one, logarithms of decays."""
+    if "norm" not in name:
+        return -1.0 if name.endswith(("A_log", "dt_bias")) else 0.0
+    zero_centred = spec.model_type in QWEN35_TYPES and spec.model_type != "qwen3_moe"
+    return 0.0 if zero_centred and "linear_attn" not in name else 1.0
+
+
 def build(spec: Spec, device: torch.device, activation: torch.dtype, source: MemorySource | None = None) -> Model:
     """The model on ``device``, its weights read as from a file."""
     reader = WeightReader(MemorySource(spec) if source is None else source, device)
     checkpoint = Checkpoint("hf", spec.config, reader)
     with torch.inference_mode():
-        model = LlamaConfig.from_hf(spec.config).build(checkpoint, Target(device, activation), CONTEXT)
+        model = config_of(spec).build(checkpoint, Target(device, activation), CONTEXT)
     reader.finish()
     return model
 
@@ -113,8 +156,8 @@ class Runs:
             model.kv_specs, num_slots=num_slots, context=CONTEXT, page_size=page, dtype=kv_dtype, device=device
         )
         for layer in self.kv.layers:  # what nobody wrote must not be read
-            layer.k[1:] = float("nan")
-            layer.v[1:] = float("nan")
+            for tensor in layer.tensors():
+                tensor[0 if isinstance(layer, RecurrentState) else 1 :] = float("nan")
         for slot in reversed(range(num_slots)):
             self.kv.reserve(slot, CONTEXT)
 
