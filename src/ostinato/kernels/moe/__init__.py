@@ -7,14 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from ostinato.errors import KernelError
-from ostinato.kernels.moe.ref import Stack, moe_block_ref
+from ostinato.kernels.moe.ref import DENSE, PLANES, Stack, moe_block_ref, stack_of
 from ostinato.kernels.registry import register
-from ostinato.quant.blocks import KINDS, BlockWeight
+from ostinato.quant.blocks import BlockWeight
 
 __all__ = ["moe_block"]
-
-DENSE = "dense"
-PLANES = ("words", "d", "high", "m", "sub_d", "sub_m")
 
 
 def moe_block(
@@ -111,16 +108,6 @@ def _operands(stack: Stack) -> tuple[list[torch.Tensor | None], str]:
     if isinstance(stack, torch.Tensor):
         return [stack], DENSE
     return [getattr(stack, name) for name in PLANES], stack.kind.name
-
-
-def stack_of(planes: Sequence[torch.Tensor | None], kind: str, columns: int) -> Stack:
-    """The stack that ``_operands`` took apart; ``columns`` is K."""
-    first = planes[0]
-    assert first is not None, "a stack has at least its words"
-    if kind == DENSE:
-        return first
-    found = {name: plane for name, plane in zip(PLANES, planes, strict=True) if plane is not None}
-    return BlockWeight(KINDS[kind], (first.shape[0], columns), **found)
 
 
 def _moe_block_cpu(

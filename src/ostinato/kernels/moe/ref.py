@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from ostinato.kernels.rms_norm.ref import quantize_rows_ref, rms_norm_ref
-from ostinato.quant.blocks import BlockWeight, dequantize
+from ostinato.quant.blocks import KINDS, BlockWeight, dequantize
 
 Stack = BlockWeight | torch.Tensor
+DENSE = "dense"  # the kind that the registered op calls a stack which is a tensor
+PLANES = ("words", "d", "high", "m", "sub_d", "sub_m")
+
+
+def stack_of(planes: Sequence[torch.Tensor | None], kind: str, columns: int) -> Stack:
+    """A stack from the registered op's operands; ``columns`` is K."""
+    first = planes[0]
+    assert first is not None, "a stack has at least its words"
+    if kind == DENSE:
+        return first
+    found = {name: plane for name, plane in zip(PLANES, planes, strict=True) if plane is not None}
+    return BlockWeight(KINDS[kind], (first.shape[0], columns), **found)
 
 
 def route(
@@ -52,7 +66,7 @@ def moe_block_ref(
     ids, weights = route(x @ router.float().T, top_k, normalize, shared_logit, has_shared)
     inputs = _rounded(x, int8_group)
     total = h.clone()
-    for expert in ids.unique().tolist():
+    for expert in sorted(set(ids.flatten().tolist())):
         tokens, picks = torch.where(ids == expert)
         gate, up = (inputs[tokens] @ _expert(gate_up, expert, num_experts + has_shared).T).chunk(2, dim=-1)
         inner = _rounded(F.silu(gate) * up, int8_group)

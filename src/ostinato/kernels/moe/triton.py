@@ -1,0 +1,216 @@
+"""Launching a mixture of experts: three kernels for one token, six for up to 64, grouped products for more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ostinato.errors import KernelError
+from ostinato.kernels.block_linear.triton import kind_constants, pairs
+from ostinato.kernels.grouped_linear import grouped_linear
+from ostinato.kernels.launch import launch_options
+from ostinato.kernels.moe.experts.triton import (
+    _combine_kernel,
+    _down_kernel,
+    _down_list_kernel,
+    _gate_up_kernel,
+    _gate_up_list_kernel,
+)
+from ostinato.kernels.moe.ref import Stack, moe_block_dense, stack_of
+from ostinato.kernels.moe.route.triton import _choose_kernel, _router_kernel, _sort_kernel
+from ostinato.kernels.rms_norm import rms_norm
+from ostinato.quant.blocks import KINDS, BlockWeight
+
+MAX_ROWS = 64  # more are products on the tensor cores
+MAX_COLUMNS = 8192  # a program holds whole rows of a weight in registers
+
+
+@dataclass(frozen=True)
+class MoeTiles:
+    """How the block is cut into programs.
+
+    router_rows: experts a program. router_tokens: tokens a program. gate_rows: of F a program, a multiple of 4.
+    down_rows: of H a thread. early: down loads before gate and up are done. tokens: picks that share a program.
+    """
+
+    router_rows: int
+    router_warps: int
+    gate_rows: int
+    gate_warps: int
+    down_rows: int
+    down_warps: int
+    router_tokens: int = 1
+    early: bool = True
+    tokens: int = 8
+
+
+def default_tiles(m: int, hidden: int, width: int) -> MoeTiles:
+    """Tiles by rule, from measurements at H = 2048, F = 512 (docs/performance/kernels_moe.md)."""
+    gate_warps = max(1, min(4, hidden // 1024))
+    if m == 1:
+        return MoeTiles(2, 4, 4, gate_warps, 2, 1)
+    return MoeTiles(2, 4, 4, gate_warps, 4, 1, router_tokens=1 if m < 8 else 4)
+
+
+def moe_block(
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    router: torch.Tensor,
+    shared_gate: torch.Tensor | None,
+    gate_up: Sequence[torch.Tensor | None],
+    gate_up_kind: str,
+    down: Sequence[torch.Tensor | None],
+    down_kind: str,
+    num_experts: int,
+    top_k: int,
+    normalize: bool,
+    has_shared: bool,
+    tiles: MoeTiles | None = None,
+) -> torch.Tensor:
+    """Launch the kernels for h [M, H]; arguments as the op's, and ``tiles`` in place of the rule's."""
+    if gate_up_kind == "dense":
+        return moe_block_dense(
+            h, norm=norm, eps=eps, router=router, gate_up=_first(gate_up), down=_first(down), top_k=top_k,
+            normalize=normalize, shared_gate=shared_gate, has_shared=has_shared,
+        )  # fmt: skip
+    tokens, hidden = h.shape
+    width = _first(gate_up).shape[0] // (2 * (num_experts + has_shared))
+    if tokens == 0:
+        return torch.empty_like(h)
+    if h.data_ptr() % 16:  # kernels load four elements at a time
+        h = h.clone()
+    if tokens > MAX_ROWS:
+        stacks = stack_of(gate_up, gate_up_kind, hidden), stack_of(down, down_kind, width)
+        return _many_rows(h, norm, eps, router, shared_gate, *stacks, num_experts, top_k, normalize, has_shared)
+    if max(hidden, width) > MAX_COLUMNS:
+        raise KernelError(
+            f"moe_block takes up to {MAX_COLUMNS} columns for up to {MAX_ROWS} rows, got {hidden} and {width} columns"
+        )
+    tiles = default_tiles(tokens, hidden, width) if tiles is None else tiles
+    t = tiles
+    device = h.device
+    options = launch_options(device)
+    picks = top_k + has_shared
+    padded = max(32, triton.next_power_of_2(num_experts))
+    logits = torch.empty((tokens, num_experts + 1), dtype=torch.float32, device=device)
+    x = _quads(tokens, hidden, device)
+    grid = (triton.cdiv(num_experts, t.router_rows) + 1, triton.cdiv(tokens, t.router_tokens))
+    _router_kernel[grid](
+        h, norm, eps, router, shared_gate if shared_gate is not None else router, logits, *x, tokens, num_experts,
+        hidden, t.router_rows, triton.next_power_of_2(hidden // 32), t.router_tokens, shared_gate is not None,
+        num_warps=t.router_warps, **options,
+    )  # fmt: skip
+    act = _quads(tokens * picks, width, device)
+    gate_planes = _planes(gate_up, gate_up_kind)
+    down_planes = _planes(down, down_kind)
+    gate_constants = kind_constants(KINDS[gate_up_kind])
+    down_constants = kind_constants(KINDS[down_kind])
+    gate_groups = triton.next_power_of_2(hidden // 32)
+    down_groups = triton.next_power_of_2(width // 32)
+    side = max(1, t.down_warps * 32 // down_groups)  # rows side by side over the threads
+    out = torch.empty_like(h)
+    down_grid = triton.cdiv(hidden, t.down_rows * side)
+    if tokens == 1:
+        _gate_up_kernel[(width // t.gate_rows, picks)](
+            *x, logits, *gate_planes, *act, num_experts, hidden, width, *gate_constants,
+            padded, top_k, t.gate_rows, gate_groups, t.gate_warps, num_warps=t.gate_warps, **options,
+        )  # fmt: skip
+        _down_kernel[(down_grid,)](
+            *act, logits, *down_planes, h, out, num_experts, hidden, width, *down_constants,
+            padded, top_k, normalize, has_shared, shared_gate is not None,
+            t.down_rows, side, down_groups, t.down_warps, t.early, num_warps=t.down_warps, **options,
+        )  # fmt: skip
+        return out
+    ids = torch.empty((tokens, picks), dtype=torch.int32, device=device)
+    weights = torch.empty((tokens, picks), dtype=torch.float32, device=device)
+    _choose_kernel[(tokens,)](
+        logits, ids, weights, num_experts, padded, top_k, normalize, has_shared, shared_gate is not None,
+        num_warps=1, **options,
+    )  # fmt: skip
+    routed = tokens * top_k
+    num_shared = triton.cdiv(tokens, t.tokens) if has_shared else 0
+    num_blocks = min(num_experts, routed) + routed // t.tokens
+    order = torch.empty(routed, dtype=torch.int32, device=device)
+    blocks = torch.empty((num_blocks, 4), dtype=torch.int32, device=device)
+    _sort_kernel[(1,)](
+        ids, order, blocks, tokens, num_experts, num_blocks, padded, top_k, picks, t.tokens,
+        triton.cdiv(tokens, t.tokens), num_warps=max(1, min(8, padded // 32)), **options,
+    )  # fmt: skip
+    _gate_up_list_kernel[(width // t.gate_rows, num_shared + num_blocks)](
+        *x, order, blocks, *gate_planes, *act, tokens, num_experts, num_shared, hidden, width, *gate_constants,
+        picks, t.tokens, t.gate_rows, gate_groups, num_warps=t.gate_warps, **options,
+    )  # fmt: skip
+    parts = torch.empty((tokens * picks, hidden), dtype=torch.float32, device=device)
+    _down_list_kernel[(down_grid, num_shared + num_blocks)](
+        *act, order, blocks, weights, *down_planes, parts, tokens, num_experts, num_shared, hidden, width,
+        *down_constants, picks, t.tokens, t.down_rows, side, down_groups, num_warps=t.down_warps, **options,
+    )  # fmt: skip
+    block = min(512, triton.next_power_of_2(hidden))
+    _combine_kernel[(tokens, triton.cdiv(hidden, block))](
+        h, parts, out, hidden, picks, block, num_warps=max(1, block // 128), **options
+    )
+    return out
+
+
+def _first(planes: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """A stack's tensor, or its words."""
+    first = planes[0]
+    assert first is not None, "a stack has at least its words"
+    return first
+
+
+def _planes(planes: Sequence[torch.Tensor | None], kind: str) -> tuple[torch.Tensor, ...]:
+    """The planes of a block weight in the kernels' order."""
+    words, d, high, m, sub_d, sub_m = planes
+    assert words is not None, "a block weight has words"
+    assert d is not None, "a block weight has scales"
+    return pairs(words, d, high, m, sub_d, sub_m, KINDS[kind])
+
+
+def _quads(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for int8 rows: words int32 and scales float32, [rows, columns / 4] each."""
+    shape = (rows, columns // 4)
+    return torch.empty(shape, dtype=torch.int32, device=device), torch.empty(shape, device=device)
+
+
+def _many_rows(
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    router: torch.Tensor,
+    shared_gate: torch.Tensor | None,
+    gate_up: Stack,
+    down: Stack,
+    num_experts: int,
+    top_k: int,
+    normalize: bool,
+    has_shared: bool,
+) -> torch.Tensor:
+    """The block for many rows: bfloat16 products of picks sorted by expert; logits keep float32's precision."""
+    tokens = h.shape[0]
+    wide = rms_norm(h, norm, eps, torch.float32)
+    x = wide.to(torch.bfloat16)
+    logits = torch.empty((tokens, num_experts + 1), dtype=torch.float32, device=h.device)
+    if router.dtype == torch.bfloat16 and h.device.type == "cuda":
+        # Two bfloat16 hold 16 bits of a float32, enough that few choices differ from those for one token.
+        rest = (wide - x.float()).to(torch.bfloat16)
+        found = torch.mm(x, router.T, out_dtype=torch.float32) + torch.mm(rest, router.T, out_dtype=torch.float32)
+        logits[:, :num_experts] = found
+    else:
+        logits[:, :num_experts] = wide @ router.float().T
+    if shared_gate is not None:
+        logits[:, num_experts] = wide @ shared_gate.float()
+    assert isinstance(gate_up, BlockWeight), "dense stacks were multiplied before"
+    assert isinstance(down, BlockWeight), "dense stacks were multiplied before"
+    picks = top_k + has_shared
+    ids = torch.empty((tokens, picks), dtype=torch.int32, device=h.device)
+    weights = torch.empty((tokens, picks), dtype=torch.float32, device=h.device)
+    _choose_kernel[(tokens,)](
+        logits, ids, weights, num_experts, max(32, triton.next_power_of_2(num_experts)), top_k, normalize, has_shared,
+        shared_gate is not None, num_warps=1, **launch_options(h.device),
+    )  # fmt: skip
+    return grouped_linear(x, gate_up, down, ids, weights, num_experts=num_experts + has_shared, residual=h)

@@ -1,0 +1,114 @@
+"""The kernels of moe_block against plain PyTorch, at tiny and odd shapes, for every kind of block."""
+
+import pytest
+import torch
+
+from ostinato.kernels.moe import _operands
+from ostinato.kernels.moe.ref import moe_block_ref
+from ostinato.kernels.registry import load
+from ostinato.quant.blocks import KINDS
+
+from .moe_cases import MoeCase, random_case
+
+
+def tiles(**fields):
+    found = load("ostinato.kernels.moe.triton:MoeTiles")
+    return found(**{"router_rows": 2, "router_warps": 1, "gate_rows": 32, "gate_warps": 1, "down_rows": 16,
+                    "down_warps": 1, "router_tokens": 2, "tokens": 2, **fields})  # fmt: skip
+
+
+def launch(case: MoeCase, chosen=None) -> torch.Tensor:
+    kernel = load("ostinato.kernels.moe.triton:moe_block")
+    return kernel(
+        case.h, case.norm, case.eps, case.router, case.shared_gate, *_operands(case.gate_up), *_operands(case.down),
+        case.num_experts, case.top_k, case.normalize, case.has_shared, chosen,
+    )  # fmt: skip
+
+
+def assert_close(found: torch.Tensor, case: MoeCase) -> None:
+    """The kernels differ from their model by ties of rounding: a step of int8 in a few of the many activations."""
+    model = moe_block_ref(case.h, **case.arguments(), int8_group=4) - case.h
+    assert (found - case.h - model).norm() < 2e-3 * model.norm()
+
+
+SMALL = {"num_experts": 5, "top_k": 2}
+
+
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_block(kind, m, device):
+    size = KINDS[kind].block
+    case = random_case(m, device, hidden=size, width=size, gate_up_kind=kind, down_kind=kind, num_experts=2, top_k=1)
+    assert_close(launch(case, tiles(gate_rows=size, gate_warps=2, down_rows=64)), case)
+
+
+OPTIONS = {
+    "no shared": {"has_shared": False},
+    "softmax over all": {"normalize": False},
+    "shared without a gate": {"gated_shared": False},
+    "float32 router": {"router_dtype": torch.float32},
+    "kinds differ, odd sizes": {"gate_up_kind": "Q8_0", "down_kind": "I4_32", "hidden": 96, "width": 32},
+    "one expert": {"num_experts": 1, "top_k": 1},
+    "more experts than threads": {"num_experts": 37, "top_k": 5},
+}
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_and_odd_sizes(options, m, device):
+    case = random_case(m, device, **{**SMALL, **options})
+    before = case.h.clone()
+    assert_close(launch(case, tiles()), case)
+    assert torch.equal(case.h, before)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"early": False}, {"down_warps": 2}, {"gate_warps": 2, "gate_rows": 16}, {"down_rows": 8}],
+    ids=lambda fields: ", ".join(f"{name} {value}" for name, value in fields.items()),
+)
+def test_ways_of_cutting(fields, device):
+    for m in (1, 3):
+        case = random_case(m, device, hidden=96, width=64, num_experts=3, top_k=1)
+        assert_close(launch(case, tiles(**fields)), case)
+
+
+def test_tokens_that_all_take_one_expert(device):
+    case = random_case(7, device, num_experts=6, top_k=2)
+    case.h.copy_(case.h[0] + 0.01 * case.h)
+    for tokens in (2, 8):
+        assert_close(launch(case, tiles(tokens=tokens)), case)
+
+
+def test_equal_logits_go_to_the_lower_expert(device):
+    case = random_case(1, device, num_experts=6, top_k=2, has_shared=False)
+    case.router.zero_()
+    case.router[4] = 1.0
+    case.h.abs_()
+    change = launch(case, tiles()) - case.h
+    case.router[0] = 1e-3  # the reference is told whom to take
+    expected = moe_block_ref(case.h, **case.arguments(), int8_group=4) - case.h
+    assert (change - expected).norm() < 2e-2 * expected.norm()
+
+
+def test_lists_of_picks(device):
+    sort = load("ostinato.kernels.moe.route.triton:_sort_kernel")
+    m, k, experts, size = 9, 2, 5, 4
+    chosen = torch.stack([torch.randperm(experts)[:k] for _ in range(m)]).int()
+    ids = torch.cat((chosen, torch.full((m, 1), experts, dtype=torch.int32)), 1).to(device)
+    number = min(experts, m * k) + m * k // size
+    order = torch.full((m * k,), -1, dtype=torch.int32, device=device)
+    blocks = torch.full((number, 4), -7, dtype=torch.int32, device=device)
+    sort[(1,)](ids, order, blocks, m, experts, number, 32, k, k + 1, size, -(-m // size), num_warps=1, PDL=False)
+    seen = []
+    for expert, first, stop, _ in blocks.tolist():
+        assert 0 <= stop - first <= size
+        for row in order[first:stop].tolist():
+            assert int(ids.flatten()[row]) == expert
+            seen.append(row)
+    assert sorted(seen) == [t * (k + 1) + j for t in range(m) for j in range(k)]
+
+
+def test_no_tokens(device):
+    case = random_case(0, device)
+    assert launch(case).shape == (0, 64)
