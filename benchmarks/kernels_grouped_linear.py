@@ -37,7 +37,7 @@ def random_picks(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def show(name: str, us: float, flops: float, more: str = "") -> None:
-    print(f"{name:58s} {us:9.1f} us {flops / us / 1e6:7.1f} TFLOP/s {more}", flush=True)
+    print(f"{name:70s} {us:9.1f} us {flops / us / 1e6:7.1f} TFLOP/s {more}", flush=True)
 
 
 def ranked(name: str, flops: float, tiles: Iterable[ProductTiles], run: Callable[[ProductTiles], object]) -> None:
@@ -50,15 +50,21 @@ def ranked(name: str, flops: float, tiles: Iterable[ProductTiles], run: Callable
             print(f"  {tile}: {str(error).splitlines()[0][:100]}")
     for us, tile in sorted(found, key=lambda pair: pair[0]):
         t = tile
-        show(f"{name} {t.tokens}x{t.rows}x{t.groups * 32} w{t.warps} s{t.stages} {'fast' * t.fast}", us, flops)
+        how = f"w{t.warps} s{t.stages} {'fast ' * t.fast}{'pipelined' * t.pipelined}"
+        show(f"{name} {t.tokens}x{t.rows}x{t.groups * 32} {how}", us, flops)
 
 
-def tiles(tokens: Iterable[int], rows: Iterable[int], shapes: Iterable[tuple[int, int, int]]) -> list[ProductTiles]:
-    """All combinations; shapes: groups, warps and stages."""
+def tiles(*shapes: tuple[int, int, int, int]) -> list[ProductTiles]:
+    """Tiles of these tokens, rows, warps and stages: pipelined from 64 tokens on, with exact and fast unpacking."""
     return [
-        ProductTiles(t, r, g, w, s, swap=t < 64, fast=fast)
-        for t, r, (g, w, s), fast in itertools.product(tokens, rows, shapes, (False, True))
+        ProductTiles(t, r, 2, w, s, swap=t < 64, fast=fast, pipelined=t >= 64)
+        for (t, r, w, s), fast in itertools.product(shapes, (False, True))
     ]
+
+
+def plain(tokens: int, rows: int, groups: int, warps: int, stages: int) -> list[ProductTiles]:
+    """Tiles of Triton's own pipelining, for comparison."""
+    return [ProductTiles(tokens, rows, groups, warps, stages, swap=tokens < 64, fast=True)]
 
 
 def dense(kind: str, n: int, k: int, tokens: int, tune: bool) -> None:
@@ -67,14 +73,17 @@ def dense(kind: str, n: int, k: int, tokens: int, tune: bool) -> None:
     flops = 2.0 * n * k * tokens
     copy = Tiles("gemm", rows=8, groups=8, tokens=0, warps=4)
     by_copy = load("ostinato.kernels.block_linear.triton:block_linear")
-    us = graph_us([lambda: by_copy(x, *operands(weight), None, 0.0, None, None, None, torch.bfloat16, copy)] * 4, 5)
+    us = graph_us(
+        [lambda: by_copy(x, *operands(weight), None, 0.0, None, None, None, torch.bfloat16, tiles=copy)] * 4, 5
+    )
     show(f"{kind} {n}x{k}, {tokens} rows, dense copy", us, flops)
     name = f"{kind} {n}x{k}, {tokens} rows, packed"
     if tune:
         launch = load("ostinato.kernels.grouped_linear.triton:packed_matmul")
-        shapes = ((2, 8, 3), (2, 8, 4), (2, 4, 3), (4, 8, 3))
-        chosen = tiles((128, 256), (128,), shapes) + tiles((128,), (256,), ((2, 8, 3), (2, 8, 4)))
-        chosen = [t for t in chosen if not (t.tokens == 256 and t.warps == 4)]
+        chosen = plain(128, 128, 2, 8, 3) + tiles(
+            (128, 128, 8, 4), (128, 128, 8, 3), (128, 128, 4, 4), (128, 256, 8, 4), (128, 256, 8, 3), (256, 128, 8, 4),
+            (256, 128, 8, 3), (64, 256, 4, 4),
+        )  # fmt: skip
         ranked(name, flops, chosen, lambda t: launch(x, *operands(weight), None, None, None, torch.bfloat16, t))
     else:
         show(name, graph_us([lambda: packed_matmul(x, weight)] * 4, 5), flops)
@@ -93,15 +102,23 @@ def mixture(kind: str, tokens: int, tune: bool) -> None:
         for rows in (16, 32) if tokens <= 512 else (64, 128):
             s = sort_picks(ids, EXPERTS, block_rows=rows)
             act = grouped_gate_up(x, gate_up, s)
-            shapes = ((2, 4, 3), (2, 8, 3), (4, 4, 3)) if rows > 64 else ((2, 4, 3), (2, 4, 5), (4, 4, 3))
+            if rows < 64:
+                up_tiles = tiles((rows, 64, 4, 3), (rows, 128, 4, 3)) + plain(rows, 64, 4, 4, 3)
+                down_tiles = tiles((rows, 128, 4, 3), (rows, 64, 4, 3))
+            elif rows == 64:
+                up_tiles = tiles((64, 64, 4, 4), (64, 64, 4, 3), (64, 128, 4, 4)) + plain(64, 128, 4, 4, 3)
+                down_tiles = tiles((64, 128, 4, 4), (64, 128, 4, 3), (64, 256, 4, 4)) + plain(64, 128, 2, 4, 3)
+            else:
+                up_tiles = tiles((128, 64, 8, 4), (128, 64, 4, 4), (128, 128, 8, 4))
+                down_tiles = tiles((128, 128, 8, 4), (128, 128, 4, 4), (128, 256, 8, 4))
             ranked(
-                f"{kind} {tokens} tokens, gate and up", 2 * flops, tiles((rows,), (64, 128), shapes),
+                f"{kind} {tokens} tokens, gate and up", 2 * flops, up_tiles,
                 lambda t, s=s: up_launch(
                     x, *operands(gate_up), s.order, s.blocks, EXPERTS, TOP_K, s.block_rows, "silu", torch.bfloat16, t
                 ),
             )  # fmt: skip
             ranked(
-                f"{kind} {tokens} tokens, down and sum", flops, tiles((rows,), (128, 256), shapes),
+                f"{kind} {tokens} tokens, down and sum", flops, down_tiles,
                 lambda t, s=s, act=act: down_launch(
                     act, *operands(down), s.order, s.blocks, EXPERTS, s.block_rows, weights, residual, torch.float32, t
                 ),

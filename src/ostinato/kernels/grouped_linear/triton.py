@@ -15,9 +15,11 @@ import triton.language as tl
 from ostinato.kernels.block_linear.matmul.triton import values
 from ostinato.kernels.block_linear.matvec.triton import half
 from ostinato.kernels.block_linear.triton import kind_constants, pairs
-from ostinato.kernels.launch import launch_options
-from ostinato.kernels.triton import INTERPRETED, dot_bfloat16, gate_times_up, load_word, trigger, wait
-from ostinato.quant.blocks import KINDS
+from ostinato.kernels.grouped_linear.hopper.triton import _wgmma_kernel
+from ostinato.kernels.grouped_linear.unpack.triton import in_order, unpack
+from ostinato.kernels.launch import capability, launch_options
+from ostinato.kernels.triton import dot_bfloat16, gate_times_up, load_word, trigger, wait
+from ostinato.quant.blocks import KINDS, BlockKind
 
 
 @triton.jit
@@ -51,114 +53,6 @@ def load_scales(
 
 
 @triton.jit
-def spread(scale, SHAPE: tl.constexpr):
-    """A value of each group, [BN, NG], for each of its 16 bytes: SHAPE is [BN, NG * 16]."""
-    return tl.reshape(tl.broadcast_to(scale[:, :, None], (scale.shape[0], scale.shape[1], 16)), SHAPE)
-
-
-@triton.jit
-def unpack(packed, scale, summand, upper, upper_summand, FAST: tl.constexpr):
-    """The weights of packed [BN, NG * 16] nibble pairs, low nibbles then high ones: bfloat16 of the same shape.
-
-    0x4300 | q is the bfloat16 128 + q, and with 16 zero bits below it the float32: no conversion from integers.
-    FAST: scale and summand are rounded to bfloat16 first, and two weights are computed by an instruction.
-    """
-    shape: tl.constexpr = packed.shape
-    if INTERPRETED:
-        q = packed.to(tl.int32)
-        low = (q & 15).to(tl.float32) * spread(scale, shape) + spread(summand, shape)
-        high = (q >> 4).to(tl.float32) * spread(upper, shape) + spread(upper_summand, shape)
-        return low.to(tl.bfloat16), high.to(tl.bfloat16)
-    elif FAST:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, p, q, r, s, base;
-            mov.b32 base, 0x43004300;
-            prmt.b32 a, $4, 0x43434343, 0x4140;
-            prmt.b32 b, $4, 0x43434343, 0x4342;
-            and.b32 p, a, 0xff0fff0f;
-            and.b32 q, b, 0xff0fff0f;
-            shr.u32 r, a, 4;
-            shr.u32 s, b, 4;
-            lop3.b32 r, r, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 s, s, 0x000f000f, 0x43004300, 0xea;
-            sub.rn.bf16x2 p, p, base;
-            sub.rn.bf16x2 q, q, base;
-            sub.rn.bf16x2 r, r, base;
-            sub.rn.bf16x2 s, s, base;
-            fma.rn.bf16x2 $0, p, $5, $9;
-            fma.rn.bf16x2 $1, q, $5, $9;
-            fma.rn.bf16x2 $2, r, $13, $17;
-            fma.rn.bf16x2 $3, s, $13, $17;
-            }""",
-            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [
-                packed,
-                spread(twice(scale), shape),
-                spread(twice(summand), shape),
-                spread(twice(upper), shape),
-                spread(twice(upper_summand), shape),
-            ],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, p, q, r, s;
-            .reg .f32 e, f;
-            prmt.b32 a, $4, 0x43434343, 0x4140;
-            prmt.b32 b, $4, 0x43434343, 0x4342;
-            and.b32 p, a, 0xff0fff0f;
-            and.b32 q, b, 0xff0fff0f;
-            shr.u32 r, a, 4;
-            shr.u32 s, b, 4;
-            lop3.b32 r, r, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 s, s, 0x000f000f, 0x43004300, 0xea;
-            shl.b32 a, p, 16;
-            and.b32 b, p, 0xffff0000;
-            fma.rn.f32 e, a, $5, $9;
-            fma.rn.f32 f, b, $5, $9;
-            cvt.rn.bf16x2.f32 $0, f, e;
-            shl.b32 a, q, 16;
-            and.b32 b, q, 0xffff0000;
-            fma.rn.f32 e, a, $5, $9;
-            fma.rn.f32 f, b, $5, $9;
-            cvt.rn.bf16x2.f32 $1, f, e;
-            shl.b32 a, r, 16;
-            and.b32 b, r, 0xffff0000;
-            fma.rn.f32 e, a, $13, $17;
-            fma.rn.f32 f, b, $13, $17;
-            cvt.rn.bf16x2.f32 $2, f, e;
-            shl.b32 a, s, 16;
-            and.b32 b, s, 0xffff0000;
-            fma.rn.f32 e, a, $13, $17;
-            fma.rn.f32 f, b, $13, $17;
-            cvt.rn.bf16x2.f32 $3, f, e;
-            }""",
-            "=&r,=&r,=&r,=&r,r,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f",
-            [
-                packed,
-                spread(scale, shape),
-                spread(summand - 128.0 * scale, shape),
-                spread(upper, shape),
-                spread(upper_summand - 128.0 * upper, shape),
-            ],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-
-
-@triton.jit
-def twice(value):
-    """A float32 as bfloat16 in both halves of an int32."""
-    bits = value.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return bits | (bits << 16)
-
-
-@triton.jit
 def halves(
     bytes_, high, d, m, sub_d, sub_m, rows, g, KG: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
@@ -168,15 +62,6 @@ def halves(
     low, upper = values(bytes_, high, d, m, sub_d, sub_m, rows, g, inside, KG, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
     shape: tl.constexpr = (low.shape[0], low.shape[1] * 16)
     return tl.reshape(low, shape).to(tl.bfloat16), tl.reshape(upper, shape).to(tl.bfloat16)
-
-
-@triton.jit
-def in_order(low, high):
-    """Columns 0 … 15 and 16 … 31 of each 32, [BN, NG * 16] each, as one tile [BN, NG * 32]; nothing leaves a thread."""
-    NG: tl.constexpr = low.shape[1] // 16
-    four: tl.constexpr = (low.shape[0], NG, 16, 2)
-    both = tl.reshape(tl.join(low, high), four)
-    return tl.reshape(tl.permute(both, (0, 1, 3, 2)), (low.shape[0], NG * 32))
 
 
 @triton.jit
@@ -363,9 +248,10 @@ def _weighted_sum_kernel(
 
 @dataclass(frozen=True)
 class ProductTiles:
-    """A program's part of a product: rows of x, rows of W (gate and up counted once), and 32 * groups columns a step.
+    """A program's part of a product: rows of x, columns of the result, and 32 * groups columns of x a step.
 
     swap: W is the first operand, for fewer rows of x than the tensor cores take there. fast: see unpack.
+    pipelined: ``_wgmma_kernel``, of two groups a step.
     """
 
     tokens: int
@@ -375,15 +261,17 @@ class ProductTiles:
     stages: int
     swap: bool = False
     fast: bool = False
+    pipelined: bool = False
 
 
-def tiles_for(tokens: int, gated: bool) -> ProductTiles:
+def tiles_for(tokens: int, gated: bool, kind: BlockKind, k: int, device: torch.device) -> ProductTiles:
     """Tiles for blocks of up to ``tokens`` rows of x."""
+    rows = 64 if gated else 128
     if tokens < 64:
-        return ProductTiles(tokens, 64 if gated else 128, 2, 4, 4, swap=True)
-    if tokens == 64:
-        return ProductTiles(64, 64 if gated else 128, 2, 4, 3)
-    return ProductTiles(128, 64 if gated else 128, 2, 8, 3)
+        return ProductTiles(tokens, rows, 2, 4, 3, swap=True)
+    if capability(device)[0] == 9 and kind.bits == 4 and k % 64 == 0:
+        return ProductTiles(tokens, rows, 2, 4 if tokens == 64 else 8, 4, pipelined=True)
+    return ProductTiles(tokens, rows, 2, 4 if tokens == 64 else 8, 3)
 
 
 def packed_matmul(
@@ -408,9 +296,8 @@ def packed_matmul(
     if tokens == 0:
         return out
     if tiles is None:
-        tiles = tiles_for(
-            16 if tokens <= 16 else 32 if tokens <= 32 else 64 if tokens <= 64 else 128, gated is not None
-        )
+        most = 16 if tokens <= 16 else 32 if tokens <= 32 else 64 if tokens <= 64 else 128
+        tiles = tiles_for(most, gated is not None, KINDS[kind], x.shape[1], x.device)
     programs = triton.cdiv(tokens, tiles.tokens) * triton.cdiv(n, tiles.rows)
     planes = (words, d, high, m, sub_d, sub_m)
     _launch(x, planes, kind, bias, residual, gated, out, None, None, n, 1, programs, "all", tiles)
@@ -451,7 +338,7 @@ def grouped_gate_up(
     """Launch ``_product_kernel`` over blocks of picks; arguments as the op's."""
     n = words.shape[0] // num_experts // 2
     out = torch.empty((order.shape[0], n), dtype=out_dtype, device=x.device)
-    tiles = tiles or tiles_for(block_rows, True)
+    tiles = tiles or tiles_for(block_rows, True, KINDS[kind], x.shape[1], x.device)
     assert tiles.tokens == block_rows, f"{tiles} for blocks of {block_rows}"
     programs = blocks.shape[0] * triton.cdiv(n, tiles.rows)
     planes = (words, d, high, m, sub_d, sub_m)
@@ -484,7 +371,7 @@ def grouped_down(
     out = torch.empty((tokens, n), dtype=out_dtype, device=act.device)
     if tokens == 0:
         return out
-    tiles = tiles or tiles_for(block_rows, False)
+    tiles = tiles or tiles_for(block_rows, False, KINDS[kind], act.shape[1], act.device)
     assert tiles.tokens == block_rows, f"{tiles} for blocks of {block_rows}"
     product = torch.empty((order.shape[0], n), dtype=torch.bfloat16, device=act.device)
     programs = blocks.shape[0] * triton.cdiv(n, tiles.rows)
@@ -524,11 +411,21 @@ def _launch(
     if (x.data_ptr() | x.stride(0) * 2) % 16:  # rows are copied to shared memory 16 bytes at a time
         x = x.clone(memory_format=torch.contiguous_format)
     constants = kind_constants(KINDS[kind])
-    _product_kernel[(programs,)](
-        x, x.stride(0), *pairs(words.view(torch.uint8), d, high, m, sub_d, sub_m, KINDS[kind]),
+    bytes_, high, d, m, sub_d, sub_m = pairs(words.view(torch.uint8), d, high, m, sub_d, sub_m, KINDS[kind])
+    after = (
         bias if bias is not None else d, residual if residual is not None else out, out,
         order if order is not None else d, blocks if blocks is not None else d, x.shape[0], n, top_k,
-        n * (1 if gated is None else 2), x.shape[1], *constants, tiles.tokens, tiles.rows, tiles.groups, tiles.swap,
-        tiles.fast, rows, bias is not None, residual is not None, gated, num_warps=tiles.warps,
-        num_stages=tiles.stages, **launch_options(x.device),
+        n * (1 if gated is None else 2), x.shape[1],
     )  # fmt: skip
+    flags = (tiles.fast, rows, bias is not None, residual is not None, gated)
+    if tiles.pipelined:
+        both = tiles.rows * (1 if gated is None else 2)
+        _wgmma_kernel[(programs,)](
+            x, x.stride(0), bytes_, d, m, sub_d, sub_m, *after, *constants[1:], tiles.tokens, both, tiles.stages,
+            *flags, num_warps=tiles.warps, **launch_options(x.device),
+        )  # fmt: skip
+    else:
+        _product_kernel[(programs,)](
+            x, x.stride(0), bytes_, high, d, m, sub_d, sub_m, *after, *constants, tiles.tokens, tiles.rows,
+            tiles.groups, tiles.swap, *flags, num_warps=tiles.warps, num_stages=tiles.stages, **launch_options(x.device),
+        )  # fmt: skip

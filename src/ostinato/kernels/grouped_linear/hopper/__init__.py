@@ -1,0 +1,1 @@
+"""Products on packed 4-bit weights for compute capability 9.0."""

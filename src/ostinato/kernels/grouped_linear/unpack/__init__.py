@@ -1,0 +1,1 @@
+"""Four-bit weights to bfloat16, in registers."""
