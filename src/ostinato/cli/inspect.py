@@ -19,11 +19,12 @@ from ostinato.load.quantizing import QuantizingCheckpoint, quantizing
 from ostinato.load.resolve import resolve
 from ostinato.load.safetensors import HFCheckpoint
 from ostinato.load.source import WeightReader
-from ostinato.models.interface import Checkpoint
+from ostinato.models.interface import Checkpoint, Family
 from ostinato.models.registry import family_of
 
 _CONTEXT_WITHOUT_LIMIT = 4096
 _KV_DTYPE = torch.bfloat16
+_STATE_DTYPE = torch.float32
 
 
 def register(app: typer.Typer) -> None:
@@ -44,10 +45,15 @@ def inspect(
     if length < 1:
         raise UsageError(f"--context must be at least 1, got {length}")
     try:
-        per_token, refusal = _kv_bytes_per_token(opened), None
+        specs, refusal = _family(opened).kv_specs, None
+        memory = Memory(
+            length,
+            found.num_bytes,
+            kv_bytes=length * sum(spec.bytes_per_token(_KV_DTYPE) for spec in specs),
+            state_bytes=sum(spec.bytes_per_slot(_STATE_DTYPE) for spec in specs),
+        )
     except UnsupportedModelError as error:
-        per_token, refusal = None, str(error)
-    memory = Memory(length, found.num_bytes, None if per_token is None else per_token * length)
+        memory, refusal = Memory(length, found.num_bytes, None, None), str(error)
     if as_json:
         print(json.dumps(_as_json(found, memory, refusal), indent=2))
     else:
@@ -56,19 +62,19 @@ def inspect(
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What one sequence needs, in bytes. kv_bytes: None where no model file says what a layer keeps."""
+    """What one sequence needs, in bytes. state_bytes: of recurrent layers. None: no model file says what layers keep."""
 
     context: int
     weight_bytes: int
     kv_bytes: int | None
+    state_bytes: int | None
 
 
-def _kv_bytes_per_token(opened: GGUFFile | HFCheckpoint | QuantizingCheckpoint) -> int:
-    """Keys and values of one token in all layers, in the KV's default type."""
+def _family(opened: GGUFFile | HFCheckpoint | QuantizingCheckpoint) -> Family:
+    """The model's config. Raises UnsupportedModelError where no family implements it."""
     gguf = isinstance(opened, GGUFFile)
     metadata = opened.metadata if isinstance(opened, GGUFFile) else opened.config
-    checkpoint = Checkpoint("gguf" if gguf else "hf", metadata, WeightReader(opened))
-    return sum(spec.bytes_per_token(_KV_DTYPE) for spec in family_of(checkpoint).kv_specs)
+    return family_of(Checkpoint("gguf" if gguf else "hf", metadata, WeightReader(opened)))
 
 
 def _as_json(found: ModelDescription, memory: Memory, refusal: str | None) -> dict[str, Any]:
@@ -102,13 +108,14 @@ def _as_text(found: ModelDescription, memory: Memory, refusal: str | None) -> st
         )
     )
     lines.append("")
-    if memory.kv_bytes is None:
+    if memory.kv_bytes is None or memory.state_bytes is None:
         lines.append(f"memory: weights {size(memory.weight_bytes)}, and what the layers keep")
     else:
-        total = memory.weight_bytes + memory.kv_bytes
+        total = memory.weight_bytes + memory.kv_bytes + memory.state_bytes
+        state = f" + recurrent state {size(memory.state_bytes)}" if memory.state_bytes else ""
         lines.append(
             f"memory at a context of {memory.context}: weights {size(memory.weight_bytes)} + KV in bf16 "
-            f"{size(memory.kv_bytes)} = {size(total)}, and working buffers"
+            f"{size(memory.kv_bytes)}{state} = {size(total)}, and working buffers"
         )
     return "\n".join(lines)
 

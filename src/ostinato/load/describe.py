@@ -17,7 +17,8 @@ from ostinato.load.quantizing import QuantizingCheckpoint
 from ostinato.load.safetensors import HFCheckpoint
 from ostinato.load.source import TensorInfo
 
-_LAYER = re.compile(r"(?:^|\.)(?:blk|layers|h)\.(\d+)\.")
+# Layers for images and for multi-token prediction are numbered anew.
+_LAYER = re.compile(r"(?!(?:model\.)?(?:visual|vision_tower|mtp)\.)(?:.*\.)?(?:blk|layers|h)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _by_type(tensors: Iterable[TensorInfo]) -> tuple[TypeTotal, ...]:
 def _by_layer(tensors: Iterable[TensorInfo]) -> tuple[LayerTotal, ...]:
     groups: dict[int, list[TensorInfo]] = {}
     for tensor in tensors:
-        match = _LAYER.search(tensor.name)
+        match = _LAYER.match(tensor.name)
         groups.setdefault(int(match[1]) if match else -1, []).append(tensor)
     return tuple(
         LayerTotal(None if index < 0 else index, len(group), sum(t.num_bytes for t in group), _by_type(group))

@@ -13,6 +13,7 @@ from ostinato.cli.table import table
 from ostinato.config import Settings
 from ostinato.load.known import DEFAULT_MODEL, KNOWN_MODELS
 from tests.tiny_model import CONTEXT
+from tests.unit.models.tiny_qwen3_5 import SPECS, reference
 
 Capture = pytest.CaptureFixture[str]
 
@@ -46,6 +47,17 @@ def test_inspect_as_json(tiny: str, capsys: Capture) -> None:
     assert found["memory"]["kv_bytes"] == 2 * 2 * 2 * 16 * 2 * CONTEXT
     assert found["num_bytes"] == sum(layer["num_bytes"] for layer in found["layers"])
     assert found["not_implemented"] is None
+
+
+def test_inspect_a_model_with_recurrent_layers(tmp_path: Path, capsys: Capture) -> None:
+    directory = tmp_path / "model"
+    reference(SPECS[0]).save_pretrained(directory)
+    assert execute(["inspect", str(directory), "--context", "100"]) == 0
+    shown = capsys.readouterr().out
+    assert "qwen3_5_moe_text, safetensors" in shown
+    # One layer of attention: key and value × 2 heads × 32 × 2 bytes × 100 tokens. Two delta nets: a convolution over 4
+    # tokens of 128 channels and 4 heads of 16 × 16, 4 bytes each.
+    assert f"KV in bf16 {size(2 * 2 * 32 * 2 * 100)} + recurrent state {size(2 * 4 * (4 * 128 + 4 * 256))} = " in shown
 
 
 def test_inspect_mistakes(tiny: str, capsys: Capture, tmp_path: Path) -> None:

@@ -46,6 +46,14 @@ def test_a_checkpoint(tmp_path, nested):
     assert [layer.index for layer in told.layers] == [None, 0]
 
 
+def test_layers_of_other_towers_are_no_layers_of_the_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": {}}))
+    names = ("model.language_model.layers.1.mlp.up.weight", "model.visual.layers.1.w", "mtp.layers.0.mlp.up.weight")
+    save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
+    told = describe(HFCheckpoint(tmp_path))
+    assert [(layer.index, layer.num_tensors) for layer in told.layers] == [(None, 2), (1, 1)]
+
+
 def test_known_models_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     configuration = Settings(tmp_path)
