@@ -70,7 +70,7 @@ def test_decode_with_any_tiling_and_page(tiling: tuple, page_size: int) -> None:
     q = torch.randn(3, 9, 64).bfloat16()
     cache = [given[name] for name in ("k_cache", "v_cache", "page_table", "slots", "positions")]
     expected = decode_attention_ref(q.float(), cache[0].float(), cache[1].float(), *cache[2:], 0.125, 1000, 0.0)
-    got = decode_kernel(q.cuda(), *(t.cuda() for t in cache), 0.125, 1000, 0.0, False, Tiling(*tiling))
+    got = decode_kernel(q.cuda(), *(t.cuda() for t in cache), 0.125, 1000, 0.0, False, tiling=Tiling(*tiling))
     assert distance(got, expected) < 4e-3
 
 

@@ -5,9 +5,16 @@ import torch
 
 from ostinato.errors import KernelError
 from ostinato.kernels.decode_attention import decode_attention, fused_decode_attention
+from ostinato.kernels.decode_attention.ref import decode_attention_ref, fused_decode_attention_ref
+from ostinato.kernels.decode_attention.triton import Tiling
+from ostinato.kernels.decode_attention.triton import decode_attention as decode_kernel
+from ostinato.kernels.decode_attention.triton import fused_decode_attention as fused_kernel
 from ostinato.kernels.prefill_attention import prefill_attention
+from ostinato.kernels.prefill_attention.ref import prefill_attention_ref
+from ostinato.kernels.prefill_attention.triton import prefill_attention as prefill_kernel
 from ostinato.kernels.rope import rope_append
-from ostinato.kernels.rope.ref import FP8, quantize_fp8
+from ostinato.kernels.rope.ref import FP8, quantize_fp8, rope_append_ref
+from ostinato.kernels.rope.triton import rope_append as append_kernel
 
 from .paged import cached, fp8, inputs
 
@@ -107,6 +114,102 @@ def test_fused_decode_attends_to_what_it_stored() -> None:
     read = [again[name] for name in ("k_cache", "v_cache", "page_table", "slots", "positions")]
     expected = decode_attention(q, *read, scale=0.3, **again_scales) * torch.sigmoid(given["qkv"][:, -6 * 32 :])
     torch.testing.assert_close(got, expected, **FLOAT32)
+
+
+def same_caches(given: dict, scales: dict, again: dict, again_scales: dict) -> None:
+    """V bit for bit; a key, whose norm and rotation may round otherwise, to one step of its format."""
+    assert torch.equal(given["v_cache"].view(torch.uint8), again["v_cache"].view(torch.uint8))
+    assert torch.equal(scales["v_scale"].nan_to_num(), again_scales["v_scale"].nan_to_num())
+    torch.testing.assert_close(scales["k_scale"], again_scales["k_scale"], rtol=1e-5, atol=0, equal_nan=True)
+    got, expected = given["k_cache"].float(), again["k_cache"].float()
+    torch.testing.assert_close(got, expected, rtol=2**-3, atol=2**-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_append_kernel_equals_reference(case: dict, scaled: bool, device: torch.device) -> None:
+    given = inputs(device, **case, gated=True)
+    if not scaled:
+        again = copied(given)
+        torch.testing.assert_close(
+            append_kernel(*given.values(), gated=True), rope_append_ref(*again.values(), gated=True), **FLOAT32
+        )
+        torch.testing.assert_close(given["v_cache"], again["v_cache"], rtol=0, atol=0, equal_nan=True)
+        return
+    given, scales = fp8(given)
+    again, again_scales = copied(given), copied(scales)
+    got = append_kernel(*given.values(), *scales.values(), True)
+    torch.testing.assert_close(got, rope_append_ref(*again.values(), *again_scales.values(), True), **FLOAT32)
+    same_caches(given, scales, again, again_scales)
+
+
+def test_append_kernel_rounds_like_the_reference_at_every_magnitude(device: torch.device) -> None:
+    given = inputs(device, 4, 1, 2, 64, 2, max_position=40)
+    given["qkv"] *= torch.logspace(-8, 3, given["qkv"].shape[1], device=device)  # most fall into the subnormals
+    given["qkv"][0, -64:] = 0.0
+    given, scales = fp8(given)
+    again, again_scales = copied(given), copied(scales)
+    append_kernel(*given.values(), *scales.values())
+    rope_append_ref(*again.values(), *again_scales.values())
+    same_caches(given, scales, again, again_scales)
+
+
+@pytest.mark.parametrize("attended", [(0, 0.0), (9, 0.0), (16, 3.0)], ids=str)
+@pytest.mark.parametrize("splits", [1, 2, 6])
+def test_decode_kernel_equals_reference_over_fp8(splits: int, attended: tuple, device: torch.device) -> None:
+    given, scales = fp8(cached(device, [0, 7, 16, 47], 6, 2, 32))
+    expected = decode_attention_ref(*given.values(), 0.3, *attended, *scales.values())
+    got = decode_kernel(*given.values(), 0.3, *attended, False, *scales.values(), tiling=Tiling(16, splits, 4, 1))
+    torch.testing.assert_close(got, expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("position", ["random", 0, 15, 16, 33])
+@pytest.mark.parametrize(("scaled", "gated"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fused_kernel_equals_reference(
+    case: dict, scaled: bool, gated: bool, position: object, device: torch.device
+) -> None:
+    case = case | {"max_position": 34}
+    given, scales = fp8(inputs(device, **case, gated=gated), filled=True)
+    if not scaled:
+        given, scales = dequantized(given, scales), {"k_scale": None, "v_scale": None}
+    if position != "random":
+        given["positions"].fill_(position)
+    again, again_scales = copied(given), copied(scales)
+    expected = fused_decode_attention_ref(*again.values(), 0.2, 0, 0.0, *again_scales.values(), gated)
+    got = fused_kernel(*given.values(), 0.2, 0, 0.0, True, *scales.values(), gated, tiling=Tiling(16, 2, 4, 1))
+    if scaled:
+        same_caches(given, scales, again, again_scales)
+        # A key that falls to another step of its format, 2^-3 of one of D numbers, moves its score a little.
+        torch.testing.assert_close(got, expected, rtol=2**-6, atol=2**-6)
+    else:
+        torch.testing.assert_close(got, expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("attended", [(0, 0.0), (7, 0.0), (16, 2.0)], ids=str)
+@pytest.mark.parametrize(("first", "tokens"), [(0, 37), (13, 20), (47, 1)])
+def test_prefill_kernel_equals_reference(first: int, tokens: int, attended: tuple, device: torch.device) -> None:
+    given, scales = fp8(cached(device, [first + tokens - 1, 3], 6, 2, 32))
+    rows = {
+        "slots": given["slots"][:1].repeat(tokens),
+        "positions": torch.arange(first, first + tokens, dtype=torch.int32, device=device),
+    }
+    given |= {"q": torch.randn(tokens, 6, 32, device=device), **rows}
+    gate = torch.randn(tokens, 1000, device=device)[:, 11 : 11 + 6 * 32]
+    plain = dequantized(given, scales)
+    for caches, extra in ((given, (*scales.values(), gate)), (plain, (None, None, gate))):
+        got = prefill_kernel(*caches.values(), 0.3, *attended, *extra, blocks=(16, 16, 4, 1))
+        expected = prefill_attention_ref(*caches.values(), 0.3, *attended, *extra)
+        torch.testing.assert_close(got, expected, **FLOAT32)
+
+
+def test_half_precision_over_fp8_is_as_good_as_its_rounding(device: torch.device) -> None:
+    given, scales = fp8(cached(device, [40, 7], 6, 2, 32))
+    given["q"] = given["q"].half()
+    expected = decode_attention_ref(given["q"].float(), *list(given.values())[1:], 0.3, 0, 0.0, *scales.values())
+    got = decode_kernel(*given.values(), 0.3, 0, 0.0, False, *scales.values(), tiling=Tiling(16, 2, 4, 1))
+    # Rounded results and probabilities, 2^-11 each of sums below 4.
+    torch.testing.assert_close(got.float(), expected, rtol=2**-10, atol=2**-9)
 
 
 def test_refuses_scales_that_do_not_fit() -> None:

@@ -66,7 +66,7 @@ def test_reference_equals_arithmetic_in_float64(shape: dict, attended: dict, dev
 def test_kernel_equals_reference(shape: dict, tiling: tuple, attended: dict, device: torch.device) -> None:
     given = cached(device, **shape)
     block = max(tiling[0], 16) if device.type == "cuda" else tiling[0]  # what tl.dot takes at least
-    got = kernel(*given.values(), 0.3, *attended.values(), False, Tiling(block, tiling[1], 4, 1))
+    got = kernel(*given.values(), 0.3, *attended.values(), False, tiling=Tiling(block, tiling[1], 4, 1))
     torch.testing.assert_close(got, decode_attention_ref(*given.values(), 0.3, **attended), **FLOAT32)
 
 
@@ -93,7 +93,7 @@ def test_fused_kernel_equals_reference(case: dict, block: int, positions: object
     again = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
     expected = fused_decode_attention_ref(*again.values(), 0.2, window, softcap)
     cut = Tiling(16 if device.type == "cuda" else block, 2, 4, 1)
-    got = fused_kernel(*given.values(), 0.2, window, softcap, True, cut)
+    got = fused_kernel(*given.values(), 0.2, window, softcap, True, tiling=cut)
     torch.testing.assert_close(got, expected, **FLOAT32)
     torch.testing.assert_close(given["k_cache"], again["k_cache"], rtol=0, atol=1e-5)
     assert torch.equal(given["v_cache"], again["v_cache"])
@@ -107,7 +107,7 @@ def test_fused_kernel_never_reads_what_the_slot_does_not_hold(device: torch.devi
         held = cached(device, [position - 1], 6, 2, 32, pages=4)
         given |= {name: held[name] for name in ("k_cache", "v_cache", "page_table", "slots")}
         for splits in (1, 3):
-            got = fused_kernel(*given.values(), 0.2, 0, 0.0, False, Tiling(16, splits, 4, 1))
+            got = fused_kernel(*given.values(), 0.2, 0, 0.0, False, tiling=Tiling(16, splits, 4, 1))
             assert got.isfinite().all()
 
 
@@ -115,7 +115,7 @@ def test_half_precision_is_as_good_as_its_rounding(device: torch.device) -> None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter has no bfloat16 products
     given = cached(device, [40, 7], 6, 2, 32, dtype=dtype)
     expected = exact(given, 0.3, 0, 0.0)
-    got = kernel(*given.values(), 0.3, 0, 0.0, False, Tiling(16, 2, 4, 1))
+    got = kernel(*given.values(), 0.3, 0, 0.0, False, tiling=Tiling(16, 2, 4, 1))
     assert got.dtype == dtype
     # The result is rounded once (2^-9); the matrix units also take rounded probabilities (2^-9 of sums below 4).
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=2**-7)

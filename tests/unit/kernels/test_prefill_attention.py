@@ -49,7 +49,7 @@ def test_kernel_equals_reference(case: dict, blocks: tuple, attended: tuple, dev
     if device.type == "cuda":
         blocks = (16, 16)  # what tl.dot takes at least
     given = chunk(device, **case)
-    got = kernel(*given.values(), 0.3, *attended, (*blocks, 4, 1))
+    got = kernel(*given.values(), 0.3, *attended, blocks=(*blocks, 4, 1))
     expected = prefill_attention_ref(*given.values(), 0.3, *attended)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -58,7 +58,7 @@ def test_half_precision_is_as_good_as_its_rounding(device: torch.device) -> None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter has no bfloat16 products
     given = chunk(device, 10, 30, 4, 2, 32, dtype=dtype)
     wide = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
-    got = kernel(*given.values(), 0.3, 0, 0.0, (16, 16, 4, 1))
+    got = kernel(*given.values(), 0.3, 0, 0.0, blocks=(16, 16, 4, 1))
     # Rounded results (2^-9), rounded probabilities (2^-9 of sums below 4).
     torch.testing.assert_close(got.float(), prefill_attention_ref(*wide.values(), 0.3, 0, 0.0), rtol=2**-8, atol=2**-7)
 

@@ -6,19 +6,20 @@ them. Programs beyond the row's real length leave at once, so the work follows t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from ostinato.kernels.decode_attention.tiling import Tiling, choose_tiling
 from ostinato.kernels.launch import launch_options, num_multiprocessors
-from ostinato.kernels.rope.triton import rotation
+from ostinato.kernels.rope.triton import from_fp8, operand_kind, quantize_fp8, raw_cache, rotation
 from ostinato.kernels.triton import trigger, wait
+
+__all__ = ["Tiling", "choose_tiling", "decode_attention", "fused_decode_attention"]
 
 LOG2_E = 1.4426950408889634
 _NO_SCORE = tl.constexpr(-1e30)  # finite, so that a tile without any position leaves no NaN
-_JOINED = 64  # columns that one program of the second kernel joins
+_JOINED = 4096  # numbers that one program of the second kernel joins at a time, in at most 64 columns
 
 
 @triton.jit
@@ -66,16 +67,42 @@ def _head_rows(source, norm, eps, d, partner, cosine, sine, inside, D: tl.conste
 
 
 @triton.jit
-def _attend(operand, k, v, keep, largest, total, acc, scale, softcap, SOFTCAP: tl.constexpr):
-    """One tile: operand [GP, DP] against k and v [BLOCK, DP], of which ``keep`` [BLOCK] are there."""
-    scores = _capped(tl.dot(operand, tl.trans(k), input_precision="ieee") * scale, softcap, SOFTCAP)
-    scores = tl.where(keep[None, :], scores, float("-inf"))
+def _raised(unit, v_scales):
+    """The unit of an accumulator over FP8 values, raised so that weights of ``v_scales`` keep below 2^15 in float16."""
+    return tl.maximum(unit, tl.max(v_scales, 0) * (1.0 / 32768.0))
+
+
+@triton.jit
+def _attend(
+    operand, k, v, k_scales, v_scales, keep, largest, total, acc, unit, scale, softcap, SOFTCAP: tl.constexpr,
+    FP8: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """One tile: operand [GP, DP] against k and v [BLOCK, DP], of which ``keep`` [BLOCK] are there; acc counts units."""
+    scores = tl.dot(operand, tl.trans(from_fp8(k, KIND) if FP8 else k), input_precision="ieee") * scale
+    if FP8:
+        scores *= k_scales[None, :]
+    scores = tl.where(keep[None, :], _capped(scores, softcap, SOFTCAP), float("-inf"))
     new = tl.maximum(largest, tl.max(scores, 1))
     old = tl.exp2(largest - new)
     p = tl.exp2(scores - new[:, None])
     total = total * old + tl.sum(p, 1)
+    if FP8:
+        raised = _raised(unit, v_scales)
+        old *= unit / raised
+        p *= (v_scales / raised)[None, :]
+        unit = raised
+        v = from_fp8(v, KIND)
     acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
-    return new, total, acc
+    return new, total, acc, unit
+
+
+@triton.jit
+def _gated(out, gate, at, mask, GATED: tl.constexpr):
+    """out, times the sigmoid of ``gate`` at the places ``at`` if there is one."""
+    if GATED:
+        z = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+        out *= tl.sigmoid(tl.maximum(z, -80.0))  # below that exp(-z) overflows
+    return out
 
 
 @triton.jit
@@ -90,6 +117,8 @@ def _decode_kernel(
     page_table,
     k_cache,
     v_cache,
+    k_scale,
+    v_scale,
     q_norm,
     k_norm,
     rope_scale,
@@ -113,6 +142,9 @@ def _decode_kernel(
     K_NORM: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PREFETCH: tl.constexpr,
+    GATED: tl.constexpr,
+    FP8: tl.constexpr,
+    KIND: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """q is qkv when FUSED. The G heads of a group are padded to GS, and repeated to the GP rows of a matrix product."""
@@ -131,10 +163,17 @@ def _decode_kernel(
     d = tl.arange(0, DP)[None, :]
     j = tl.arange(0, BLOCK)
     n = (first + split) * BLOCK + j
-    rows = _tile_rows(row_pages, head, (first + split) * BLOCK, stop, HKV, PAGE, BLOCK)[:, None] * D + d
+    places = _tile_rows(row_pages, head, (first + split) * BLOCK, stop, HKV, PAGE, BLOCK)
+    rows = places[:, None] * D + d
     keep = (n >= start) & (n < stop)
     k = tl.load(k_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
     v = tl.load(v_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
+    if FP8:
+        k_scales = tl.load(k_scale + places, mask=keep, other=0.0)
+        v_scales = tl.load(v_scale + places, mask=keep, other=0.0)
+    else:
+        k_scales = tl.zeros((BLOCK,), tl.float32)
+        v_scales = k_scales
     if FUSED:
         partner, cosine, sine = rotation(position, inv_freq, rope_scale, d, R)
     if PREFETCH:
@@ -142,46 +181,71 @@ def _decode_kernel(
 
     inside = (g < G) & (d < D)
     if FUSED:
-        heads = q + b.to(tl.int64) * ((G + 2) * HKV * D)
+        heads = q + b.to(tl.int64) * ((G * (1 + GATED) + 2) * HKV * D)
         queries = _head_rows(heads + (head * G + g) * D, q_norm, eps, d, partner, cosine, sine, inside, D, Q_NORM)
     else:
         queries = tl.load(q + ((b.to(tl.int64) * HKV + head) * G + g) * D + d, mask=inside, other=0.0)
-    rounded = queries.to(k_cache.dtype.element_ty)
+    rounded = queries.to(KIND)
     operand = tl.reshape(tl.broadcast_to(rounded[None, :, :], (GP // GS, GS, DP)), (GP, DP))
 
     largest = tl.full((GP,), _NO_SCORE, tl.float32)
     total = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, DP), tl.float32)
+    unit = tl.full((), 1e-30 if FP8 else 1.0, tl.float32)
     if FUSED:  # noqa: SIM102 (the outer branch is taken by the compiler, the inner one by the program)
         if split == 0:
             key = heads + (G * HKV + head) * D + tl.zeros((1, 1), tl.int32)
             new_k = _head_rows(key, k_norm, eps, d, partner, cosine, sine, d < D, D, K_NORM)
-            new_v = tl.load(key + HKV * D + d, mask=d < D, other=0.0).to(v_cache.dtype.element_ty)
-            new_k = new_k.to(k_cache.dtype.element_ty)
+            new_v = tl.load(key + HKV * D + d, mask=d < D, other=0.0)
             page = tl.load(row_pages + position // PAGE).to(tl.int64)
-            place = ((page * HKV + head) * PAGE + position % PAGE) * D + d
-            tl.store(k_cache + place, new_k, mask=d < D)
-            tl.store(v_cache + place, new_v, mask=d < D)
-            score = _capped(tl.sum(rounded.to(tl.float32) * new_k.to(tl.float32), 1) * scale, softcap, SOFTCAP)
+            place = (page * HKV + head) * PAGE + position % PAGE
+            if FP8:
+                stored_k, new_k_scale = quantize_fp8(tl.where(d < D, new_k, 0.0))
+                stored_v, new_v_scale = quantize_fp8(new_v.to(tl.float32))
+                tl.store(k_scale + place + tl.arange(0, 1), new_k_scale)
+                tl.store(v_scale + place + tl.arange(0, 1), new_v_scale)
+                unit = _raised(unit, new_v_scale)
+                read_k = from_fp8(stored_k, tl.float32) * new_k_scale[:, None]
+                read_v = from_fp8(stored_v, tl.float32) * (new_v_scale / unit)[:, None]
+            else:
+                stored_k = new_k.to(KIND)
+                stored_v = new_v.to(KIND)
+                read_k = stored_k.to(tl.float32)
+                read_v = stored_v.to(tl.float32)
+            tl.store(k_cache + place * D + d, stored_k, mask=d < D)
+            tl.store(v_cache + place * D + d, stored_v, mask=d < D)
+            score = _capped(tl.sum(rounded.to(tl.float32) * read_k, 1) * scale, softcap, SOFTCAP)
             largest = tl.reshape(tl.broadcast_to(score[None, :], (GP // GS, GS)), (GP,))
             total = tl.full((GP,), 1.0, tl.float32)
-            acc += new_v.to(tl.float32)
+            acc += read_v
 
     if tiles > 0:
-        largest, total, acc = _attend(operand, k, v, keep, largest, total, acc, scale, softcap, SOFTCAP)
+        largest, total, acc, unit = _attend(
+            operand, k, v, k_scales, v_scales, keep, largest, total, acc, unit, scale, softcap, SOFTCAP,
+            FP8, KIND,
+        )  # fmt: skip
     for t in range(split + SPLITS, tiles, SPLITS):
         n = (first + t) * BLOCK + j
-        rows = _tile_rows(row_pages, head, (first + t) * BLOCK, stop, HKV, PAGE, BLOCK)[:, None] * D + d
+        places = _tile_rows(row_pages, head, (first + t) * BLOCK, stop, HKV, PAGE, BLOCK)
+        rows = places[:, None] * D + d
         keep = n < stop
         k = tl.load(k_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
         v = tl.load(v_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
-        largest, total, acc = _attend(operand, k, v, keep, largest, total, acc, scale, softcap, SOFTCAP)
+        if FP8:
+            k_scales = tl.load(k_scale + places, mask=keep, other=0.0)
+            v_scales = tl.load(v_scale + places, mask=keep, other=0.0)
+        largest, total, acc, unit = _attend(
+            operand, k, v, k_scales, v_scales, keep, largest, total, acc, unit, scale, softcap, SOFTCAP, FP8, KIND
+        )
 
     r = tl.arange(0, GP)
     row = (b.to(tl.int64) * HKV + head) * G + r
     mine = (r < G)[:, None] & (d < D)
+    acc *= unit
     if active == 1:
-        tl.store(out + row[:, None] * D + d, acc / total[:, None], mask=mine)
+        gate = q + (b.to(tl.int64) + 1) * ((G * (1 + GATED) + 2) * HKV * D) - G * HKV * D
+        result = _gated(acc / total[:, None], gate, (head * G + r[:, None]) * D + d, mine, GATED)
+        tl.store(out + row[:, None] * D + d, result, mask=mine)
     else:
         tl.store(partial + (row * SPLITS + split)[:, None] * DP + d, acc, mask=mine)
         tl.store(stats + row * (2 * SPLITS) + split, largest, mask=r < G)
@@ -191,10 +255,12 @@ def _decode_kernel(
 @triton.jit
 def _join_kernel(
     out,
+    q,
     partial,
     stats,
     positions,
     HQ: tl.constexpr,
+    WIDTH: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -204,9 +270,13 @@ def _join_kernel(
     WINDOW: tl.constexpr,
     FUSED: tl.constexpr,
     PREFETCH: tl.constexpr,
+    GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Join COLUMNS columns of the partial results of one query head; one warp, so that nothing waits at a barrier."""
+    """Join COLUMNS columns of the partial results of one query head; one warp, so that nothing waits at a barrier.
+
+    The gates stand in the last HQ heads of the WIDTH elements of a row of q.
+    """
     trigger(PDL)
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(2) * HQ + tl.program_id(1)
@@ -233,33 +303,9 @@ def _join_kernel(
             total = total * old + tl.sum(l * weight, 0)
             acc = acc * old + tl.sum(part * weight[:, None], 0)
             largest = new
-        tl.store(out + row.to(tl.int64) * D + d, acc / total, mask=d < D)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How decode attention is cut: positions per tile (at least 16), splits, warps, stages of the loop over tiles."""
-
-    block: int
-    splits: int
-    warps: int
-    stages: int
-
-
-def choose_tiling(batch: int, num_kv_heads: int, dim: int, max_length: int, multiprocessors: int) -> Tiling:
-    """Tiling for a cache of up to ``max_length`` positions per slot; see docs/performance/kernels_attention.md.
-
-    Short caches get one tile per program, since there latency is all; long ones a few programs per multiprocessor,
-    whose loops keep loads in flight.
-    """
-    programs = batch * num_kv_heads
-    padded = triton.next_power_of_2(dim)
-    tiles = triton.cdiv(max_length, 64)
-    if tiles <= 128 and programs * tiles <= 8 * multiprocessors:
-        return Tiling(64, tiles, 4, 1)
-    block = 128 if padded <= 128 else 64
-    wanted = triton.cdiv((6 if padded <= 64 else 2) * multiprocessors, programs)
-    return Tiling(block, max(1, min(triton.cdiv(max_length, block), wanted, 128)), 4, 2)
+        gate = q + (tl.program_id(2).to(tl.int64) + 1) * WIDTH - HQ * D
+        result = _gated(acc / total, gate, tl.program_id(1) * D + d, d < D, GATED)
+        tl.store(out + row.to(tl.int64) * D + d, result, mask=d < D)
 
 
 def _launch(
@@ -279,7 +325,10 @@ def _launch(
     window: int,
     softcap: float,
     prefetch: bool,
-    tiling: Tiling | None = None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    gated: bool,
+    tiling: Tiling | None,
 ) -> torch.Tensor:
     batch = q.shape[0]
     _, num_kv_heads, page_size, dim = k_cache.shape
@@ -301,7 +350,7 @@ def _launch(
     options = launch_options(device)
     cut = {
         "D": dim, "DP": padded_dim, "BLOCK": tiling.block, "SPLITS": splits, "WINDOW": window, "FUSED": fused,
-        "PREFETCH": prefetch,
+        "PREFETCH": prefetch, "GATED": gated,
     }  # fmt: skip
     _decode_kernel[(splits, num_kv_heads, batch)](
         q,
@@ -312,8 +361,10 @@ def _launch(
         positions,
         slots,
         page_table,
-        k_cache,
-        v_cache,
+        raw_cache(k_cache),
+        raw_cache(v_cache),
+        unused if k_scale is None else k_scale,
+        unused if v_scale is None else v_scale,
         unused if q_norm is None else q_norm,
         unused if k_norm is None else k_norm,
         rope_scale,
@@ -330,16 +381,19 @@ def _launch(
         Q_NORM=q_norm is not None,
         K_NORM=k_norm is not None,
         SOFTCAP=softcap != 0.0,
+        FP8=k_scale is not None,
+        KIND=operand_kind(q.dtype, k_cache.dtype),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
         **cut,
         **options,
     )
     if splits > 1:
-        columns = min(padded_dim, _JOINED)
+        chunk = min(triton.next_power_of_2(splits), 128)
+        columns = min(padded_dim, 64, _JOINED // chunk)
         _join_kernel[(triton.cdiv(dim, columns), num_heads, batch)](
-            out, partial, stats, positions, HQ=num_heads, COLUMNS=columns,
-            CHUNK=min(triton.next_power_of_2(splits), 64), num_warps=1, **cut, **options,
+            out, q, partial, stats, positions, HQ=num_heads, WIDTH=q.shape[-1], COLUMNS=columns, CHUNK=chunk,
+            num_warps=1, **cut, **options,
         )  # fmt: skip
     return out
 
@@ -355,12 +409,14 @@ def decode_attention(
     window: int,
     softcap: float,
     prefetch: bool,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
     """Launch the kernels; arguments and result as for ``ostinato.kernels.decode_attention.decode_attention``."""
     return _launch(
         q, None, 1.0, positions, slots, page_table, k_cache, v_cache, None, None, 0.0, q.shape[1],
-        scale, window, softcap, prefetch, tiling,
+        scale, window, softcap, prefetch, k_scale, v_scale, False, tiling,
     )  # fmt: skip
 
 
@@ -382,10 +438,13 @@ def fused_decode_attention(
     window: int,
     softcap: float,
     prefetch: bool,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    gated: bool = False,
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
     """Launch the kernels; arguments and result as for ``…decode_attention.fused_decode_attention``."""
     return _launch(
         qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps, num_heads,
-        scale, window, softcap, prefetch, tiling,
+        scale, window, softcap, prefetch, k_scale, v_scale, gated, tiling,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ostinato.kernels.launch import launch_options
+from ostinato.kernels.rope.triton import from_fp8, operand_kind, raw_cache
 from ostinato.kernels.triton import trigger, wait
 
 LOG2_E = 1.4426950408889634
@@ -17,10 +18,13 @@ def _walk(
     acc,
     largest,
     total,
+    unit,
     queries,
     row_pages,
     k_cache,
     v_cache,
+    k_scale,
+    v_scale,
     head,
     rows,
     begin,
@@ -35,9 +39,10 @@ def _walk(
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FP8: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Attend queries at positions ``rows`` to positions begin … end - 1, multiples of BLOCK_N."""
+    """Attend queries at positions ``rows`` to positions begin … end - 1, multiples of BLOCK_N; acc counts units."""
     d = tl.arange(0, DP)
     j = tl.arange(0, BLOCK_N)
     for first in range(begin, end, BLOCK_N):
@@ -45,10 +50,11 @@ def _walk(
         if PAGE % BLOCK_N == 0:
             page = tl.load(row_pages + first // PAGE).to(tl.int64)
             # Not a scalar base plus fixed offsets: with that, the matrix products no longer overlap (Triton 3.6).
-            at = ((page * HKV + head) * PAGE + first % PAGE + j)[:, None] * D + d[None, :]
+            places = (page * HKV + head) * PAGE + first % PAGE + j
         else:
             page = tl.load(row_pages + n // PAGE, mask=n < stop, other=0).to(tl.int64)
-            at = ((page * HKV + head) * PAGE + n % PAGE)[:, None] * D + d[None, :]
+            places = (page * HKV + head) * PAGE + n % PAGE
+        at = places[:, None] * D + d[None, :]
         k_at = k_cache + at
         v_at = v_cache + at
         if MASKED:
@@ -61,7 +67,14 @@ def _walk(
         else:
             k = tl.load(k_at, mask=(d < D)[None, :], other=0.0)
             v = tl.load(v_at, mask=(d < D)[None, :], other=0.0)
+        if FP8:
+            k = from_fp8(k, queries.dtype)
+            v = from_fp8(v, queries.dtype)
+            k_scales = tl.load(k_scale + places, mask=n < stop, other=0.0)
+            v_scales = tl.load(v_scale + places, mask=n < stop, other=0.0)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+        if FP8:
+            scores *= k_scales[None, :]
         if SOFTCAP:
             scores *= scale
             scores = softcap * (1.0 - 2.0 / (tl.exp(scores * (2.0 / softcap)) + 1.0))
@@ -77,9 +90,14 @@ def _walk(
         p = tl.exp2(scores * factor - new[:, None])
         old = tl.exp2(largest - new)
         total = total * old + tl.sum(p, 1)
+        if FP8:  # weights below 2^15, so that float16 holds them
+            raised = tl.maximum(unit, tl.max(v_scales, 0) * (1.0 / 32768.0))
+            old *= unit / raised
+            p *= (v_scales / raised)[None, :]
+            unit = raised
         acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
         largest = new
-    return acc, largest, total
+    return acc, largest, total, unit
 
 
 @triton.jit
@@ -91,6 +109,10 @@ def _prefill_kernel(
     page_table,
     k_cache,
     v_cache,
+    k_scale,
+    v_scale,
+    gate,
+    gate_stride,
     num_tokens,
     scale,
     softcap,
@@ -104,6 +126,9 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FP8: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     trigger(PDL)
@@ -118,7 +143,7 @@ def _prefill_kernel(
     inside = (t < num_tokens)[:, None] & (d < D)[None, :]
     at = (t.to(tl.int64)[:, None] * (HKV * G) + query_head) * D + d[None, :]
     queries = tl.load(q + at, mask=inside, other=0.0)
-    queries = queries.to(k_cache.dtype.element_ty)
+    queries = queries.to(KIND)
 
     rows = position + t
     stop = position + num_tokens
@@ -135,21 +160,27 @@ def _prefill_kernel(
     largest = tl.full((BLOCK_M,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DP), tl.float32)
+    unit = tl.full((), 1e-30 if FP8 else 1.0, tl.float32)
     if WINDOW > 0:
-        acc, largest, total = _walk(
-            acc, largest, total, queries, row_pages, k_cache, v_cache, head, rows, begin, free_begin, stop, scale,
-            softcap, HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP, True,
+        acc, largest, total, unit = _walk(
+            acc, largest, total, unit, queries, row_pages, k_cache, v_cache, k_scale, v_scale, head, rows, begin,
+            free_begin, stop, scale, softcap, HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP, FP8, True,
         )  # fmt: skip
-    acc, largest, total = _walk(
-        acc, largest, total, queries, row_pages, k_cache, v_cache, head, rows, free_begin, free_end, stop, scale,
-        softcap, HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP, False,
+    acc, largest, total, unit = _walk(
+        acc, largest, total, unit, queries, row_pages, k_cache, v_cache, k_scale, v_scale, head, rows, free_begin,
+        free_end, stop, scale, softcap, HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP, FP8, False,
     )  # fmt: skip
-    acc, largest, total = _walk(
-        acc, largest, total, queries, row_pages, k_cache, v_cache, head, rows, tl.maximum(free_end, begin), block_stop,
-        stop, scale, softcap, HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP, True,
+    acc, largest, total, unit = _walk(
+        acc, largest, total, unit, queries, row_pages, k_cache, v_cache, k_scale, v_scale, head, rows,
+        tl.maximum(free_end, begin), block_stop, stop, scale, softcap, HKV, D, DP, PAGE, BLOCK_N, WINDOW, SOFTCAP,
+        FP8, True,
     )  # fmt: skip
     total = tl.where(total > 0.0, total, 1.0)  # a row beyond the chunk may see nothing
-    tl.store(out + at, acc / total[:, None], mask=inside)
+    acc *= (unit / total)[:, None]
+    if GATED:
+        z = tl.load(gate + t.to(tl.int64)[:, None] * gate_stride + query_head * D + d[None, :], mask=inside, other=0.0)
+        acc *= tl.sigmoid(tl.maximum(z.to(tl.float32), -80.0))  # below that exp(-z) overflows
+    tl.store(out + at, acc, mask=inside)
 
 
 def choose_blocks(num_tokens: int, dim: int, element_size: int) -> tuple[int, int, int, int]:
@@ -172,12 +203,17 @@ def prefill_attention(
     scale: float,
     window: int,
     softcap: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
     blocks: tuple[int, int, int, int] | None = None,
 ) -> torch.Tensor:
     """Launch ``_prefill_kernel``; arguments and result as for ``ostinato.kernels.prefill_attention``."""
     num_tokens, num_heads, dim = q.shape
     _, num_kv_heads, page_size, _ = k_cache.shape
-    block_m, block_n, warps, stages = blocks or choose_blocks(num_tokens, dim, k_cache.element_size())
+    block_m, block_n, warps, stages = blocks or choose_blocks(
+        num_tokens, dim, max(k_cache.element_size(), q.element_size())
+    )
     out = torch.empty((num_tokens, num_heads * dim), dtype=q.dtype, device=q.device)
     _prefill_kernel[(num_heads, triton.cdiv(num_tokens, block_m))](
         q,
@@ -185,8 +221,12 @@ def prefill_attention(
         positions,
         slots,
         page_table,
-        k_cache,
-        v_cache,
+        raw_cache(k_cache),
+        raw_cache(v_cache),
+        positions if k_scale is None else k_scale,
+        positions if v_scale is None else v_scale,
+        q if gate is None else gate,
+        0 if gate is None else gate.stride(0),
         num_tokens,
         scale if softcap else scale * LOG2_E,
         softcap,
@@ -200,6 +240,9 @@ def prefill_attention(
         BLOCK_N=block_n,
         WINDOW=window,
         SOFTCAP=softcap != 0.0,
+        FP8=k_scale is not None,
+        KIND=operand_kind(q.dtype, k_cache.dtype),
+        GATED=gate is not None,
         num_warps=warps,
         num_stages=stages,
         **launch_options(q.device),

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from ostinato.kernels.launch import launch_options
-from ostinato.kernels.triton import trigger, wait
+from ostinato.kernels.rope.ref import FP8
+from ostinato.kernels.triton import INTERPRETED, trigger, wait
 
 
 @triton.jit
@@ -47,6 +48,43 @@ def rotation(position, inv_freq, rope_scale, d, R: tl.constexpr):
 
 
 @triton.jit
+def quantize_fp8(x):
+    """float32 [N, L] as the bytes of float8_e4m3fn, uint8 [N, L], and a float32 scale [N]: see rope.ref.quantize_fp8.
+
+    In integers, so that the interpreter, whose own conversion does not round to even, does what a GPU does.
+    """
+    scale = tl.max(tl.abs(x), 1) * (1.0 / 448.0)
+    x = tl.div_rn(x, tl.broadcast_to(tl.where(scale > 0.0, scale, 1.0)[:, None], x.shape))
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = tl.maximum((bits >> 23) & 255, 121)  # below 2^-6 the format has subnormals, of equal distance
+    steps = tl.abs(x) * ((257 - exponent) << 23).to(tl.float32, bitcast=True)  # 8 to 16 of them; below 2^-6 fewer
+    steps = (steps + 12582912.0).to(tl.int32, bitcast=True) & 31  # 1.5 * 2^23 rounds to the nearest even
+    return ((((exponent - 121) << 3) + steps) | ((bits >> 24) & 128)).to(tl.uint8), scale
+
+
+@triton.jit
+def from_fp8(code, KIND: tl.constexpr):
+    """Bytes of float8_e4m3fn as values of KIND, float16 or float32."""
+    if INTERPRETED:
+        half = ((code.to(tl.int16) & 128) << 8) | ((code.to(tl.int16) & 127) << 7)  # 2^-8 of the value
+        return (half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(KIND)
+    else:
+        return code.to(tl.float8e4nv, bitcast=True).to(KIND)
+
+
+def raw_cache(cache: torch.Tensor) -> torch.Tensor:
+    """The cache as kernels take it: bytes in place of float8_e4m3fn."""
+    return cache.view(torch.uint8) if cache.dtype == FP8 else cache
+
+
+def operand_kind(activation: torch.dtype, cache: torch.dtype) -> tl.dtype:
+    """What the matrix units multiply: the cache's dtype; for FP8, float16, which holds it exactly, or float32."""
+    if cache == FP8:
+        return tl.float32 if activation == torch.float32 else tl.float16
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[cache]
+
+
+@triton.jit
 def _rope_append_kernel(
     qkv,
     q_out,
@@ -56,6 +94,8 @@ def _rope_append_kernel(
     page_table,
     k_cache,
     v_cache,
+    k_scale,
+    v_scale,
     q_norm,
     k_norm,
     rope_scale,
@@ -70,6 +110,8 @@ def _rope_append_kernel(
     HEADS: tl.constexpr,
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
+    FP8: tl.constexpr,
+    GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     trigger(PDL)
@@ -82,7 +124,7 @@ def _rope_append_kernel(
     wait(PDL)
     position = tl.load(positions + m)
     partner, cosine, sine = rotation(position, inv_freq, rope_scale, d, R)
-    source = qkv + (m.to(tl.int64) * (HQ + 2 * HKV) + h) * D
+    source = qkv + (m.to(tl.int64) * (HQ * (1 + GATED) + 2 * HKV) + h) * D
     raw = tl.load(source + d, mask=inside, other=0.0)
     x = raw.to(tl.float32)
     y = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
@@ -100,9 +142,20 @@ def _rope_append_kernel(
     tl.store(q_out + (m.to(tl.int64) * HQ + h) * D + d, turned, mask=inside & is_q)
     page = tl.load(page_table + tl.load(slots + m) * pages_per_slot + position // PAGE).to(tl.int64)
     place = position % PAGE
-    tl.store(k_cache + ((page * HKV + h - HQ) * PAGE + place) * D + d, turned, mask=inside & is_k)
     v_head = h - HQ - HKV
-    tl.store(v_cache + ((page * HKV + v_head) * PAGE + place) * D + d, raw, mask=inside & (v_head >= 0))
+    k_row = (page * HKV + h - HQ) * PAGE + place
+    v_row = (page * HKV + v_head) * PAGE + place
+    is_v = (v_head >= 0) & inside
+    if FP8:
+        stored, scale = quantize_fp8(tl.where(is_k, turned, raw.to(tl.float32)))
+        first = tl.arange(0, 1)[None, :]
+        tl.store(k_scale + k_row + first, scale[:, None], mask=is_k)
+        tl.store(v_scale + v_row + first, scale[:, None], mask=(v_head >= 0) & (v_head < HKV))
+        tl.store(k_cache + k_row * D + d, stored, mask=inside & is_k)
+        tl.store(v_cache + v_row * D + d, stored, mask=is_v)
+    else:
+        tl.store(k_cache + k_row * D + d, turned, mask=inside & is_k)
+        tl.store(v_cache + v_row * D + d, raw, mask=is_v)
 
 
 def rope_append(
@@ -119,6 +172,9 @@ def rope_append(
     eps: float,
     num_heads: int,
     num_kv_heads: int,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
     """Launch ``_rope_append_kernel``; arguments and result as for ``ostinato.kernels.rope.rope_append``."""
     m, page_size, dim = qkv.shape[0], k_cache.shape[2], k_cache.shape[3]
@@ -131,8 +187,10 @@ def rope_append(
         positions,
         slots,
         page_table,
-        k_cache,
-        v_cache,
+        raw_cache(k_cache),
+        raw_cache(v_cache),
+        inv_freq if k_scale is None else k_scale,
+        inv_freq if v_scale is None else v_scale,
         inv_freq if q_norm is None else q_norm,
         inv_freq if k_norm is None else k_norm,
         rope_scale,
@@ -147,6 +205,8 @@ def rope_append(
         HEADS=heads,
         Q_NORM=q_norm is not None,
         K_NORM=k_norm is not None,
+        FP8=k_scale is not None,
+        GATED=gated,
         num_warps=4 if dim <= 128 else 8,
         **launch_options(qkv.device),
     )
