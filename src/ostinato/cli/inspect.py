@@ -62,7 +62,7 @@ def inspect(
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What one sequence needs, in bytes. state_bytes: of recurrent layers. None: no model file says what layers keep."""
+    """What one sequence needs, in bytes. state_bytes: of recurrent layers. None where nobody knows what layers keep."""
 
     context: int
     weight_bytes: int

@@ -9,8 +9,9 @@ from ostinato.models.interface import Checkpoint, Family
 
 def family_of(checkpoint: Checkpoint) -> Family:
     """The config of ``checkpoint`` in the family that implements it; UnsupportedModelError where none does."""
-    metadata, has = checkpoint.metadata, checkpoint.source.__contains__
+    metadata = checkpoint.metadata
     if checkpoint.format == "gguf":
+        has = checkpoint.source.__contains__
         arch = metadata.get("general.architecture")
         if arch in llama.GGUF_ARCHITECTURES:
             return llama.LlamaConfig.from_gguf(metadata, has)

@@ -99,7 +99,9 @@ def _token_id(backend: Backend, named: Mapping[str, str], name: str) -> int | No
 
 
 def _eos_ids(path: Path) -> list[int]:
-    value = read_json(path).get("eos_token_id")
+    content = read_json(path)
+    inner = content.get("text_config")  # of a multimodal model
+    value = content.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
     values = value if isinstance(value, list) else [value]
     return [item for item in values if isinstance(item, int)]
 

@@ -288,8 +288,9 @@ def test_directories_as_in_transformers(tmp_path: Path, metadata: dict[str, Any]
     config = {} if add_bos is None else {"add_bos_token": add_bos}
     reference = _save(metadata, tmp_path, names={"bos": bos, "eos": eos}, **config)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 9}}))  # as multimodal models do
     tokenizer = Tokenizer.from_directory(tmp_path)
-    assert tokenizer.eos_ids == {metadata["tokenizer.ggml.eos_token_id"], 7, 8}
+    assert tokenizer.eos_ids == {metadata["tokenizer.ggml.eos_token_id"], 7, 8, 9}
     assert tokenizer.bos_id == metadata["tokenizer.ggml.bos_token_id"]
 
     @settings(max_examples=100, deadline=None)
