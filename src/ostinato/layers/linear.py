@@ -51,9 +51,12 @@ class Target:
         return weight.to(self.device)
 
     def place_plain(self, *weights: BlockWeight | torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Small matrices that are never quantized, in one dtype: bfloat16 if all of them have it, else float32."""
+        """Small matrices that stay as they are, in one dtype: bfloat16 if that holds all of their values, else float32.
+
+        GGUF files have them in float32, though most models were published in bfloat16.
+        """
         tensors = [as_tensor(weight) for weight in weights]
-        lossless = not self.exact and all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+        lossless = not self.exact and all(torch.equal(t.float(), t.bfloat16().float()) for t in tensors)
         dtype = torch.bfloat16 if lossless else torch.float32
         return tuple(tensor.to(self.device, dtype).contiguous() for tensor in tensors)
 

@@ -83,6 +83,7 @@ DELTA_FAMILIES = (
     Spec("qwen35", "qwen3_5_text", {**_DELTA, "linear_num_value_heads": 2, "tie_word_embeddings": True}),
     Spec("qwen3-next", "qwen3_next", {**_DELTA, **_EXPERTS, "linear_num_value_heads": 6}),
     Spec("qwen3-moe", "qwen3_moe", {**_EXPERTS, "head_dim": 64}),
+    Spec("qwen35-wide-shared", "qwen3_5_moe_text", {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 512}),
 )
 
 

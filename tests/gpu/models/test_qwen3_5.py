@@ -37,6 +37,7 @@ QUANTIZED = tuple(
         (2, "I4_128"),
         (3, "I4_64"),
         (3, "Q4_K"),
+        (4, "I4_128"),  # the shared expert apart from the others
     )
 )
 IDS = random_ids(200, seed=1)

@@ -120,3 +120,12 @@ def test_a_float_matrix_goes_where_the_target_says() -> None:
     assert placed.is_contiguous()
     x = rows(2)
     assert linear(x, placed).dtype == torch.float32
+
+
+def test_small_matrices_lose_nothing_and_share_a_dtype() -> None:
+    rounded, full = rows(3).bfloat16(), rows(4)
+    for given, dtype in (((rounded, rounded.float()), torch.bfloat16), ((rounded, full), torch.float32)):
+        placed = FAST.place_plain(*given)
+        assert [t.dtype for t in placed] == [dtype] * 2
+        assert all(torch.equal(t.float(), g.float()) for t, g in zip(placed, given, strict=True))
+    assert EXACT.place_plain(rounded)[0].dtype == torch.float32
