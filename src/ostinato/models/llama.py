@@ -76,7 +76,8 @@ class LlamaConfig:
         if "quantization_config" in c:
             method = c["quantization_config"].get("quant_method", "unknown")
             raise UnsupportedModelError(
-                f"the checkpoint is quantized with '{method}', which is not read; use the original or a GGUF file"
+                f"the checkpoint is quantized with '{method}': give --quant int4 where that is fp8, else the original or a "
+                "GGUF file"
             )
         c = {**_HF_DEFAULTS[model_type], **c}
         heads, layers = int(c["num_attention_heads"]), int(c["num_hidden_layers"])

@@ -94,7 +94,8 @@ class Qwen35Sizes:
         if "quantization_config" in config:
             method = config["quantization_config"].get("quant_method", "unknown")
             raise UnsupportedModelError(
-                f"the checkpoint is quantized with '{method}', which is not read; use the original or a GGUF file"
+                f"the checkpoint is quantized with '{method}': give --quant int4 where that is fp8, else the original or a "
+                "GGUF file"
             )
         c = {**_HF_DEFAULTS[family], **c}
         wrong = {"attention_bias": (False, None), "use_sliding_window": (False, None), "hidden_act": ("silu", None)}
