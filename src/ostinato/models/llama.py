@@ -76,7 +76,7 @@ class LlamaConfig:
         if "quantization_config" in c:
             method = c["quantization_config"].get("quant_method", "unknown")
             raise UnsupportedModelError(
-                f"the checkpoint is quantized with '{method}': give --quant int4 where that is fp8, else the original or a "
+                f"the checkpoint is quantized with '{method}': use --quant int4 if that is fp8, else the original or a "
                 "GGUF file"
             )
         c = {**_HF_DEFAULTS[model_type], **c}
