@@ -22,11 +22,11 @@ class SharedExpert:
     gate_up: Linear
     down: Linear
 
-    def __call__(self, h: torch.Tensor, norm: Norm, activation: torch.dtype) -> torch.Tensor:
-        """h: float32 [M, H] → float32 [M, H], without a residual."""
+    def __call__(self, h: torch.Tensor, total: torch.Tensor, norm: Norm, activation: torch.dtype) -> torch.Tensor:
+        """h, total: float32 [M, H] → ``total`` with this expert's answer to norm(h) added, float32 [M, H]."""
         weight = torch.sigmoid(linear(h, self.gate, norm=norm, out_dtype=torch.float32))
         inner = self.gate_up(h, norm=norm, gated="silu", out_dtype=activation)
-        return weight * self.down(inner, out_dtype=torch.float32)
+        return self.down(inner * weight, residual=total)
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +67,7 @@ class MoE:
             shared_gate=self.shared_gate,
             has_shared=self.shared_gate is not None,
         )
-        return out if self.shared is None else out + self.shared(h, self.norm, activation)
+        return out if self.shared is None else self.shared(h, out, self.norm, activation)
 
     def expected_bytes(self, num_rows: int) -> int:
         """Bytes of weights that ``num_rows`` tokens read when every expert is as likely as another."""

@@ -102,6 +102,15 @@ KNOWN_MODELS: MappingProxyType[str, KnownModel] = MappingProxyType(
                 "Qwen3 8B, chat with thinking, Q4_K_M",
             ),
             KnownModel(
+                "qwen3.5-0.8b", HubSource("Qwen/Qwen3.5-0.8B"), "Apache-2.0", "Qwen3.5 0.8B, chat, bf16; its text part"
+            ),
+            KnownModel(
+                "qwen3.5-35b-a3b",
+                HubSource("Qwen/Qwen3.5-35B-A3B"),
+                "Apache-2.0",
+                "Qwen3.5 35B with 3B active, chat with thinking, bf16; its text part; best with --quant int4",
+            ),
+            KnownModel(
                 "qwen2.5-0.5b-instruct",
                 HubSource("Qwen/Qwen2.5-0.5B-Instruct"),
                 "Apache-2.0",
