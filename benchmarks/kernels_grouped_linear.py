@@ -9,7 +9,6 @@ TFLOP/s count two operations for each weight and row of x that has to be multipl
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -50,21 +49,18 @@ def ranked(name: str, flops: float, tiles: Iterable[ProductTiles], run: Callable
             print(f"  {tile}: {str(error).splitlines()[0][:100]}")
     for us, tile in sorted(found, key=lambda pair: pair[0]):
         t = tile
-        how = f"w{t.warps} s{t.stages} {'fast ' * t.fast}{'pipelined' * t.pipelined}"
+        how = f"w{t.warps} s{t.stages} {'pipelined' * t.pipelined}"
         show(f"{name} {t.tokens}x{t.rows}x{t.groups * 32} {how}", us, flops)
 
 
 def tiles(*shapes: tuple[int, int, int, int]) -> list[ProductTiles]:
-    """Tiles of these tokens, rows, warps and stages: pipelined from 64 tokens on, with exact and fast unpacking."""
-    return [
-        ProductTiles(t, r, 2, w, s, swap=t < 64, fast=fast, pipelined=t >= 64)
-        for (t, r, w, s), fast in itertools.product(shapes, (False, True))
-    ]
+    """Tiles of these tokens, rows, warps and stages, pipelined from 64 tokens on."""
+    return [ProductTiles(t, r, 2, w, s, swap=t < 64, pipelined=t >= 64) for t, r, w, s in shapes]
 
 
 def plain(tokens: int, rows: int, groups: int, warps: int, stages: int) -> list[ProductTiles]:
     """Tiles of Triton's own pipelining, for comparison."""
-    return [ProductTiles(tokens, rows, groups, warps, stages, swap=tokens < 64, fast=True)]
+    return [ProductTiles(tokens, rows, groups, warps, stages, swap=tokens < 64)]
 
 
 def dense(kind: str, n: int, k: int, tokens: int, tune: bool) -> None:
@@ -82,7 +78,7 @@ def dense(kind: str, n: int, k: int, tokens: int, tune: bool) -> None:
         launch = load("ostinato.kernels.grouped_linear.triton:packed_matmul")
         chosen = plain(128, 128, 2, 8, 3) + tiles(
             (128, 128, 8, 4), (128, 128, 8, 3), (128, 128, 4, 4), (128, 256, 8, 4), (128, 256, 8, 3), (256, 128, 8, 4),
-            (256, 128, 8, 3), (64, 256, 4, 4),
+            (256, 128, 8, 3), (256, 128, 16, 4),
         )  # fmt: skip
         ranked(name, flops, chosen, lambda t: launch(x, *operands(weight), None, None, None, torch.bfloat16, t))
     else:
@@ -103,14 +99,16 @@ def mixture(kind: str, tokens: int, tune: bool) -> None:
             s = sort_picks(ids, EXPERTS, block_rows=rows)
             act = grouped_gate_up(x, gate_up, s)
             if rows < 64:
-                up_tiles = tiles((rows, 64, 4, 3), (rows, 128, 4, 3)) + plain(rows, 64, 4, 4, 3)
-                down_tiles = tiles((rows, 128, 4, 3), (rows, 64, 4, 3))
+                up_tiles = (
+                    tiles((rows, 64, 4, 3), (rows, 64, 4, 5)) + plain(rows, 64, 4, 4, 3) + plain(rows, 32, 4, 4, 3)
+                )
+                down_tiles = tiles((rows, 128, 4, 3), (rows, 64, 4, 3), (rows, 64, 4, 5)) + plain(rows, 64, 4, 4, 3)
             elif rows == 64:
-                up_tiles = tiles((64, 64, 4, 4), (64, 64, 4, 3), (64, 128, 4, 4)) + plain(64, 128, 4, 4, 3)
-                down_tiles = tiles((64, 128, 4, 4), (64, 128, 4, 3), (64, 256, 4, 4)) + plain(64, 128, 2, 4, 3)
+                up_tiles = tiles((64, 64, 4, 4), (64, 64, 4, 3)) + plain(64, 128, 4, 4, 3) + plain(64, 64, 2, 4, 3)
+                down_tiles = tiles((64, 128, 4, 4), (64, 128, 4, 3)) + plain(64, 128, 2, 4, 3)
             else:
-                up_tiles = tiles((128, 64, 8, 4), (128, 64, 4, 4), (128, 128, 8, 4))
-                down_tiles = tiles((128, 128, 8, 4), (128, 128, 4, 4), (128, 256, 8, 4))
+                up_tiles = tiles((128, 64, 8, 4), (128, 64, 8, 3), (128, 128, 8, 4))
+                down_tiles = tiles((128, 128, 8, 4), (128, 128, 8, 3), (128, 256, 8, 4))
             ranked(
                 f"{kind} {tokens} tokens, gate and up", 2 * flops, up_tiles,
                 lambda t, s=s: up_launch(

@@ -78,7 +78,7 @@ def _product_kernel(
     x, stride_x, bytes_, high, d, m, sub_d, sub_m, bias, residual, out, order, blocks, M, N, TOP_K, EXPERT_ROWS,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr,
     MIN_SIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NG: tl.constexpr, SWAP: tl.constexpr,
-    FAST: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+    ROWS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out [·, N]: BM rows of x times BN rows of W (and as many of up where gated).
@@ -151,14 +151,17 @@ def _product_kernel(
             in_w = (step * NG * 16 + tl.arange(0, NG * 16) < K // 2)[None, :]
             x_tile = tl.load(x_at + step * (NG * 32), mask=in_k, other=0.0)
         now = step * NG + g
-        if BITS == 4:  # the scales of the next step are on their way while this one is multiplied
+        if BITS == 4:  # the next step's scales first: the fence before a product waits for all loads before it
+            then = tl.minimum(now + NG, KG - 1)
+            s4, s5, s6, s7 = load_scales(d, m, sub_d, sub_m, n_safe, then, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
+            if GATE is not None:
+                t4, t5, t6, t7 = load_scales(d, m, sub_d, sub_m, n_safe + N, then, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
             if KG % NG == 0:
                 packed = tl.load(w_at + step * (NG * 16))
             else:
                 packed = tl.load(w_at + step * (NG * 16), mask=in_w, other=0)
-            low, upper = unpack(packed, s0, s1, s2, s3, FAST)
-            then = tl.minimum(now + NG, KG - 1)
-            s0, s1, s2, s3 = load_scales(d, m, sub_d, sub_m, n_safe, then, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
+            low, upper = unpack(packed, s0, s1, s2, s3)
+            s0, s1, s2, s3 = s4, s5, s6, s7
         else:
             low, upper = halves(bytes_, high, d, m, sub_d, sub_m, n_safe, now, KG, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
         acc = accumulate(acc, in_order(low, upper), x_tile, SWAP)
@@ -168,8 +171,8 @@ def _product_kernel(
                     packed = tl.load(w_at + N * (K // 2) + step * (NG * 16))
                 else:
                     packed = tl.load(w_at + N * (K // 2) + step * (NG * 16), mask=in_w, other=0)
-                low, upper = unpack(packed, t0, t1, t2, t3, FAST)
-                t0, t1, t2, t3 = load_scales(d, m, sub_d, sub_m, n_safe + N, then, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
+                low, upper = unpack(packed, t0, t1, t2, t3)
+                t0, t1, t2, t3 = t4, t5, t6, t7
             else:
                 low, upper = halves(
                     bytes_, high, d, m, sub_d, sub_m, n_safe + N, now, KG, BITS, GROUP, SUPER, OFFSET, MIN_SIGN
@@ -250,7 +253,7 @@ def _weighted_sum_kernel(
 class ProductTiles:
     """A program's part of a product: rows of x, columns of the result, and 32 * groups columns of x a step.
 
-    swap: W is the first operand, for fewer rows of x than the tensor cores take there. fast: see unpack.
+    swap: W is the first operand, for fewer rows of x than the tensor cores take there.
     pipelined: ``_wgmma_kernel``, of two groups a step.
     """
 
@@ -260,7 +263,6 @@ class ProductTiles:
     warps: int
     stages: int
     swap: bool = False
-    fast: bool = False
     pipelined: bool = False
 
 
@@ -270,8 +272,8 @@ def tiles_for(tokens: int, gated: bool, kind: BlockKind, k: int, device: torch.d
     if tokens < 64:
         return ProductTiles(tokens, rows, 2, 4, 3, swap=True)
     if capability(device)[0] == 9 and kind.bits == 4 and k % 64 == 0:
-        return ProductTiles(tokens, rows, 2, 4 if tokens == 64 else 8, 4, pipelined=True)
-    return ProductTiles(tokens, rows, 2, 4 if tokens == 64 else 8, 3)
+        return ProductTiles(tokens, rows, 2, 4 if tokens == 64 else 8, 3 if tokens == 64 else 4, pipelined=True)
+    return ProductTiles(min(tokens, 128), rows, 2, 4 if tokens == 64 else 8, 3)
 
 
 def packed_matmul(
@@ -297,6 +299,8 @@ def packed_matmul(
         return out
     if tiles is None:
         most = 16 if tokens <= 16 else 32 if tokens <= 32 else 64 if tokens <= 64 else 128
+        if tokens > 1024 and gated is None:
+            most = 256
         tiles = tiles_for(most, gated is not None, KINDS[kind], x.shape[1], x.device)
     programs = triton.cdiv(tokens, tiles.tokens) * triton.cdiv(n, tiles.rows)
     planes = (words, d, high, m, sub_d, sub_m)
@@ -309,9 +313,9 @@ def sort_picks(ids: torch.Tensor, num_experts: int, block_rows: int) -> tuple[to
     picks = ids.numel()
     order = torch.empty((picks,), dtype=torch.int32, device=ids.device)
     blocks = torch.empty((picks // block_rows + num_experts, 3), dtype=torch.int32, device=ids.device)
-    block = max(64, min(4096, triton.next_power_of_2(picks)))
+    block = max(64, min(16384, triton.next_power_of_2(picks)))
     _sort_kernel[(num_experts,)](
-        ids, order, blocks, picks, num_experts, block_rows, block, num_warps=max(1, min(8, block // 256)),
+        ids, order, blocks, picks, num_experts, block_rows, block, num_warps=max(1, min(16, block // 256)),
         **launch_options(ids.device),
     )  # fmt: skip
     return order, blocks
@@ -417,7 +421,7 @@ def _launch(
         order if order is not None else d, blocks if blocks is not None else d, x.shape[0], n, top_k,
         n * (1 if gated is None else 2), x.shape[1],
     )  # fmt: skip
-    flags = (tiles.fast, rows, bias is not None, residual is not None, gated)
+    flags = (rows, bias is not None, residual is not None, gated)
     if tiles.pipelined:
         both = tiles.rows * (1 if gated is None else 2)
         _wgmma_kernel[(programs,)](
@@ -427,5 +431,6 @@ def _launch(
     else:
         _product_kernel[(programs,)](
             x, x.stride(0), bytes_, high, d, m, sub_d, sub_m, *after, *constants, tiles.tokens, tiles.rows,
-            tiles.groups, tiles.swap, *flags, num_warps=tiles.warps, num_stages=tiles.stages, **launch_options(x.device),
+            tiles.groups, tiles.swap, *flags, num_warps=tiles.warps, num_stages=tiles.stages,
+            **launch_options(x.device),
         )  # fmt: skip

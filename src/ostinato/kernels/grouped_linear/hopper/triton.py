@@ -50,8 +50,7 @@ def load_scales(
 
 @gluon.jit
 def to_weights(
-    packed, raw, GROUP: gl.constexpr, SUPER: gl.constexpr, OFFSET: gl.constexpr, MIN_SIGN: gl.constexpr,
-    FAST: gl.constexpr,
+    packed, raw, GROUP: gl.constexpr, SUPER: gl.constexpr, OFFSET: gl.constexpr, MIN_SIGN: gl.constexpr
 ):  # fmt: skip
     """The bfloat16 tile [BN, COLUMNS] of packed [BN, COLUMNS / 2] and what load_scales found."""
     SUB: gl.constexpr = GROUP != SUPER
@@ -61,7 +60,7 @@ def to_weights(
     upper, upper_summand = scale, summand
     if GROUP == 16:
         upper, upper_summand = half(dd, mm, raw[2], raw[3], True, GROUP, OFFSET, MIN_SIGN, SUB)
-    low, high = unpack(packed, scale, summand, upper, upper_summand, FAST)
+    low, high = unpack(packed, scale, summand, upper, upper_summand)
     return in_order(low, high)
 
 
@@ -69,7 +68,7 @@ def to_weights(
 def _wgmma_kernel(
     x, stride_x, bytes_, d, m, sub_d, sub_m, bias, residual, out, order, blocks, M, N, TOP_K, EXPERT_ROWS,
     K: gl.constexpr, GROUP: gl.constexpr, SUPER: gl.constexpr, OFFSET: gl.constexpr, MIN_SIGN: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, FAST: gl.constexpr, ROWS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
     BIAS: gl.constexpr, RESIDUAL: gl.constexpr, GATE: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """out [·, N]: BM rows of x times BN rows of W; half of them gate rows and half up rows where gated.
@@ -142,15 +141,16 @@ def _wgmma_kernel(
     then = load_scales(d, m, sub_d, sub_m, over, sub, 1, STEPS, GROUP, SUPER, MIN_SIGN)
     async_copy.wait_group(STAGES - 1)
     gl.thread_barrier()
-    w_tiles.index(0).store(to_weights(p_tiles.index(0).load(of_w), now, GROUP, SUPER, OFFSET, MIN_SIGN, FAST))
+    w_tiles.index(0).store(to_weights(p_tiles.index(0).load(of_w), now, GROUP, SUPER, OFFSET, MIN_SIGN))
     acc = warpgroup_mma_init(gl.zeros((BM, BN), gl.float32, of_acc))
     for step in range(STEPS):
-        late = load_scales(d, m, sub_d, sub_m, over, sub, step + 2, STEPS, GROUP, SUPER, MIN_SIGN)
         fence_async_shared()
         async_copy.wait_group(STAGES - 2)
         gl.thread_barrier()
         acc = warpgroup_mma(x_tiles.index(step % STAGES), w_tiles.index(step % 2).permute((1, 0)), acc, is_async=True)
-        weights = to_weights(p_tiles.index((step + 1) % STAGES).load(of_w), then, GROUP, SUPER, OFFSET, MIN_SIGN, FAST)
+        # Not earlier: the fence would wait for these loads.
+        late = load_scales(d, m, sub_d, sub_m, over, sub, step + 2, STEPS, GROUP, SUPER, MIN_SIGN)
+        weights = to_weights(p_tiles.index((step + 1) % STAGES).load(of_w), then, GROUP, SUPER, OFFSET, MIN_SIGN)
         then = late
         acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
         gl.thread_barrier()

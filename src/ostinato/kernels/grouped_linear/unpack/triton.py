@@ -15,11 +15,10 @@ def spread(scale, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def unpack(packed, scale, summand, upper, upper_summand, FAST: tl.constexpr):
+def unpack(packed, scale, summand, upper, upper_summand):
     """The weights of packed [BN, NG * 16] nibble pairs, low nibbles then high ones: bfloat16 of the same shape.
 
     0x4300 | q is the bfloat16 128 + q, and with 16 zero bits below it the float32: no conversion from integers.
-    FAST: scale and summand are rounded to bfloat16 first, and two weights are computed by an instruction.
     """
     shape: tl.constexpr = packed.shape
     if INTERPRETED:
@@ -27,40 +26,6 @@ def unpack(packed, scale, summand, upper, upper_summand, FAST: tl.constexpr):
         low = (q & 15).to(tl.float32) * spread(scale, shape) + spread(summand, shape)
         high = (q >> 4).to(tl.float32) * spread(upper, shape) + spread(upper_summand, shape)
         return low.to(tl.bfloat16), high.to(tl.bfloat16)
-    elif FAST:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, p, q, r, s, base;
-            mov.b32 base, 0x43004300;
-            prmt.b32 a, $4, 0x43434343, 0x4140;
-            prmt.b32 b, $4, 0x43434343, 0x4342;
-            and.b32 p, a, 0xff0fff0f;
-            and.b32 q, b, 0xff0fff0f;
-            shr.u32 r, a, 4;
-            shr.u32 s, b, 4;
-            lop3.b32 r, r, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 s, s, 0x000f000f, 0x43004300, 0xea;
-            sub.rn.bf16x2 p, p, base;
-            sub.rn.bf16x2 q, q, base;
-            sub.rn.bf16x2 r, r, base;
-            sub.rn.bf16x2 s, s, base;
-            fma.rn.bf16x2 $0, p, $5, $9;
-            fma.rn.bf16x2 $1, q, $5, $9;
-            fma.rn.bf16x2 $2, r, $13, $17;
-            fma.rn.bf16x2 $3, s, $13, $17;
-            }""",
-            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [
-                packed,
-                spread(twice(scale), shape),
-                spread(twice(summand), shape),
-                spread(twice(upper), shape),
-                spread(twice(upper_summand), shape),
-            ],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
     else:
         return tl.inline_asm_elementwise(
             """{
@@ -107,13 +72,6 @@ def unpack(packed, scale, summand, upper, upper_summand, FAST: tl.constexpr):
             is_pure=True,
             pack=4,
         )
-
-
-@triton.jit
-def twice(value):
-    """A float32 as bfloat16 in both halves of an int32."""
-    bits = value.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return bits | (bits << 16)
 
 
 @triton.jit
