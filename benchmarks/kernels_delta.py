@@ -163,7 +163,7 @@ def cases(tune: bool) -> Iterator[Case]:
         ]  # fmt: skip
         plans += [
             Plan("tf32x3", torch.float32, columns, warps, stages, chunk_warps)
-            for columns, warps, stages, chunk_warps in ((32, 4, 1, 4), (16, 4, 2, 8), (16, 8, 1, 8), (32, 8, 1, 8))
+            for columns, warps, stages, chunk_warps in ((32, 4, 1, 4), (16, 4, 1, 4))
         ]  # fmt: skip
     yield from prefill_cases(4096, plans, torch.bfloat16, 16)
     yield from prefill_cases(4096, [None], torch.float32, 16)

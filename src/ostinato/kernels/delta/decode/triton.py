@@ -19,8 +19,30 @@ from ostinato.kernels.triton import INTERPRETED, load_floats, trigger, wait
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in four instructions, to about 2^-21; tl.sigmoid takes three times as many."""
+    if INTERPRETED:
+        return tl.sigmoid(tl.maximum(x, -80.0))  # below that exp(-x) overflows
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            mul.ftz.f32 t, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 t, t;
+            add.ftz.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
 def silu(x):
-    return x * tl.sigmoid(tl.maximum(x, -80.0))  # below that exp(-x) overflows
+    return x * sigmoid(x)
 
 
 @triton.jit
@@ -174,6 +196,13 @@ def _delta_decode_kernel(
     v_new = tl.load(x + v_at, mask=in_v, other=0.0).to(tl.float32)
     z = tl.load(x + C + head * DV + v_column, mask=in_v, other=0.0).to(tl.float32)
     h0, h1, h2, h3 = load_floats(h + row.to(tl.int64) * H + quad, in_h)
+    # Entry position % W is read by nobody now: the programs that share a key head do not disturb each other.
+    now = ring + position % W * C
+    tl.store(now + v_at, v_new, mask=in_v & runs)
+    first = (head // HK if TILED else head % (HV // HK)) == 0
+    owns = runs & first & (part == 0)
+    tl.store(now + q_at, q_new, mask=in_k & owns)
+    tl.store(now + k_at, k_new, mask=in_k & owns)
     q = silu(q + q_new * q_tap)
     k = silu(k + k_new * k_tap)
     v = silu(v + v_new * v_tap)
@@ -184,12 +213,14 @@ def _delta_decode_kernel(
     ha = tl.sum((h0 * a0 + h1 * a1) + (h2 * a2 + h3 * a3), 0)
     qq, kk, kq, hh, hb, ha = _sum_six(q * q, k * k, k * q, hh, hb, ha)
     scale = tl.rsqrt(hh / H + norm_eps)
-    beta = tl.sigmoid(tl.maximum(hb * scale, -80.0))
+    beta = sigmoid(hb * scale)
     decay = tl.exp(-rate * softplus(ha * scale + bias))
     k_scale = tl.rsqrt(kk + L2_EPS)
     q_scale *= tl.rsqrt(qq + L2_EPS)
     change = (v - s_k * (k_scale * decay)) * beta
     o = s_q * (q_scale * decay) + change * (kq * k_scale * q_scale)
+    new_tile = tile * decay + (k * k_scale)[:, None] * change[None, :]
+    tl.store(tile_at, new_tile.to(state.dtype.element_ty), mask=in_tile & runs)
 
     gated = o * gain * silu(z)
     y_at = y + row.to(tl.int64) * (HV * DV) + head * DV + v_column
@@ -202,15 +233,6 @@ def _delta_decode_kernel(
     else:
         gated *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps)
         tl.store(y_at, gated.to(y.dtype.element_ty), mask=in_v)
-    new_tile = tile * decay + (k * k_scale)[:, None] * change[None, :]
-    tl.store(tile_at, new_tile.to(state.dtype.element_ty), mask=in_tile & runs)
-    # Entry position % W is read by nobody now: the programs that share a key head do not disturb each other.
-    now = ring + position % W * C
-    tl.store(now + v_at, v_new, mask=in_v & runs)
-    first = (head // HK if TILED else head % (HV // HK)) == 0
-    owns = runs & first & (part == 0)
-    tl.store(now + q_at, q_new, mask=in_k & owns)
-    tl.store(now + k_at, k_new, mask=in_k & owns)
 
 
 @dataclass(frozen=True)
@@ -221,14 +243,13 @@ class Tiling:
     warps: int
 
 
-def choose(rows: int, heads: int, key_dim: int, value_dim: int, defer_norm: bool, multiprocessors: int) -> Tiling:
+def choose(rows: int, heads: int, value_dim: int, defer_norm: bool, multiprocessors: int) -> Tiling:
     """As measured in docs/performance/kernels_delta.md."""
-    if not defer_norm:
-        return Tiling(1, 8 if key_dim * value_dim > 4096 else 4)
-    parts = PARTS
+    parts = PARTS if defer_norm else 1
     while parts > 1 and (rows * heads * parts > 2 * multiprocessors or value_dim // parts < 16):
         parts //= 2
-    return Tiling(parts, 4 if parts == PARTS or key_dim * value_dim <= 4096 else 8)
+    # Few warps leave the kernel before this one its registers, so that this one can start, and read ahead, beside it.
+    return Tiling(parts, 2 if parts == PARTS and rows * heads * parts <= multiprocessors else 4)
 
 
 def delta_decode(
@@ -259,7 +280,7 @@ def delta_decode(
     key_dim, value_dim = state.shape[2:]
     if hidden % 4:
         raise KernelError(f"delta_decode on a GPU takes a hidden size that is a multiple of 4, got {hidden}")
-    chosen = tiling or choose(rows, num_v_heads, key_dim, value_dim, defer_norm, num_multiprocessors(qkvz.device))
+    chosen = tiling or choose(rows, num_v_heads, value_dim, defer_norm, num_multiprocessors(qkvz.device))
     lanes = 32 * chosen.warps
     y = torch.empty((rows, num_v_heads * value_dim), dtype=qkvz.dtype, device=qkvz.device)
     squares = torch.empty((rows, num_v_heads, PARTS) if defer_norm else (0,), dtype=torch.float32, device=qkvz.device)
