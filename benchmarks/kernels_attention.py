@@ -79,7 +79,7 @@ class Cache:
             return fused_decode_attention(
                 self.qkv, self.inv_freq, 1.0, positions, self.slots, self.table, self.k[layer], self.v[layer],
                 None, None, 1e-6, self.heads, self.kv_heads, self.dim**-0.5, 0, 0.0,
-                prefetch, tiling,
+                prefetch, tiling=tiling,
             )  # fmt: skip
 
         return call
@@ -142,7 +142,7 @@ def prefill_cases(tune: bool) -> Iterator[Case]:
 
             def call(i: int, q=q, cache=cache, slots=slots, positions=positions, blocks=blocks) -> object:
                 return prefill_attention(
-                    q, cache.k[0], cache.v[0], cache.table, slots, positions, q.shape[2] ** -0.5, 0, 0.0, blocks
+                    q, cache.k[0], cache.v[0], cache.table, slots, positions, q.shape[2] ** -0.5, 0, 0.0, blocks=blocks
                 )
 
             name = f"prefill {heads}/{kv_heads}x{dim} tokens {tokens} @{first} {blocks or ''}"

@@ -7,10 +7,12 @@ from ostinato.kernels.decode_attention import decode_attention, fused_decode_att
 from ostinato.kernels.decode_attention.ref import decode_attention_ref, fused_decode_attention_ref
 from ostinato.kernels.decode_attention.triton import Tiling
 from ostinato.kernels.decode_attention.triton import decode_attention as decode_kernel
+from ostinato.kernels.decode_attention.triton import fused_decode_attention as fused_kernel
 from ostinato.kernels.prefill_attention import prefill_attention
 from ostinato.kernels.prefill_attention.ref import prefill_attention_ref
+from ostinato.kernels.rope import rope_append
 
-from ...unit.kernels.paged import inputs
+from ...unit.kernels.paged import fp8, inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -23,10 +25,17 @@ MODELS = {
 }
 
 
-def filled(model: str, rows: int, page_size: int, positions: list[int], dtype: torch.dtype = torch.bfloat16) -> dict:
+def filled(
+    model: str,
+    rows: int,
+    page_size: int,
+    positions: list[int],
+    dtype: torch.dtype = torch.bfloat16,
+    gated: bool = False,
+) -> dict:
     heads, kv_heads, dim, rotary, norms = MODELS[model]
     device = torch.device("cpu")
-    given = inputs(device, rows, heads, kv_heads, dim, rotary, dtype, page_size, max(positions), norms)
+    given = inputs(device, rows, heads, kv_heads, dim, rotary, dtype, page_size, max(positions), norms, gated)
     given["positions"] = torch.tensor(positions, dtype=torch.int32)
     for cache in (given["k_cache"], given["v_cache"]):
         cache.copy_(torch.randn_like(cache))
@@ -120,3 +129,66 @@ def test_float32_is_float32() -> None:
     cache[3:] = [given["slots"][:1].repeat(70), torch.arange(831, 901, dtype=torch.int32)]
     expected = prefill_attention_ref(q, *cache, 0.125, 0, 0.0)
     assert distance(prefill_attention(q.cuda(), *(t.cuda() for t in cache), 0.125), expected) < 1e-5
+
+
+def scaled_on_gpu(given: dict) -> tuple[dict, dict, dict, dict]:
+    """``given`` over FP8 caches with their scales, and the same on the GPU."""
+    given, scales = fp8(given)
+    return given, scales, on_gpu(given), on_gpu(scales)
+
+
+LONG = [Tiling(32, 128, 4, 3), Tiling(32, 66, 8, 4), Tiling(64, 66, 8, 3), Tiling(16, 5, 4, 1), None]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("tiling", LONG, ids=str)
+def test_gated_fused_decode(tiling: Tiling | None, scaled: bool) -> None:
+    """Tiles alone, several per program, more programs than tiles; FP8 keys end up as the reference's to one step."""
+    given = filled("qwen3.5", 6, 256, [0, 31, 64, 513, 4096, 9000], gated=True)
+    scales, device_scales = ({"k_scale": None, "v_scale": None},) * 2
+    device = on_gpu(given)
+    if scaled:
+        given, scales, device, device_scales = scaled_on_gpu(given)
+    got = fused_kernel(*device.values(), 0.0625, 0, 0.0, True, *device_scales.values(), True, tiling=tiling)
+    wide = given | {"qkv": given["qkv"].float()}
+    if not scaled:
+        wide = widened(given)
+    expected = fused_decode_attention_ref(*wide.values(), 0.0625, 0, 0.0, *scales.values(), True)
+    # bfloat16 queries, probabilities and results: each rounds to 2^-9 of itself, at random.
+    assert distance(got, expected) < 5e-3
+    if scaled:
+        assert torch.equal(device["v_cache"].view(torch.uint8).cpu(), given["v_cache"].view(torch.uint8))
+        assert torch.equal(device_scales["v_scale"].cpu(), scales["v_scale"])
+        # A key on the border of two steps may fall to either: 2^-4 of itself, for one in thousands.
+        assert distance(device["k_cache"].float(), given["k_cache"].float()) < 1e-3
+    else:
+        assert distance(device["k_cache"], wide["k_cache"]) < 4e-3
+
+
+@pytest.mark.parametrize(("first", "tokens"), [(0, 700), (517, 300), (1000, 3)])
+@pytest.mark.parametrize("model", ["qwen3.5", "smollm2"])
+def test_prefill_of_fp8_with_a_gate(model: str, first: int, tokens: int) -> None:
+    given, scales, device, device_scales = scaled_on_gpu(filled(model, 1, 64, [first + tokens - 1]))
+    heads, _, dim, *_ = MODELS[model]
+    q = torch.randn(tokens, heads, dim).bfloat16()
+    gate = torch.randn(tokens, 3 * heads * dim).bfloat16()[:, heads * dim : 2 * heads * dim]
+    slots = given["slots"].repeat(tokens)
+    positions = torch.arange(first, first + tokens, dtype=torch.int32)
+    caches = [given["k_cache"], given["v_cache"], given["page_table"], slots, positions]
+    device_caches = [device["k_cache"], device["v_cache"], device["page_table"], slots.cuda(), positions.cuda()]
+    expected = prefill_attention_ref(q.float(), *caches, dim**-0.5, 0, 0.0, *scales.values(), gate.float())
+    got = prefill_attention(q.cuda(), *device_caches, dim**-0.5, **device_scales, gate=gate.cuda())
+    assert distance(got, expected) < 4e-3
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_append_of_fp8(model: str) -> None:
+    given, scales, device, device_scales = scaled_on_gpu(
+        filled(model, 7, 64, [0, 1, 63, 64, 500, 999, 300], gated=True)
+    )
+    got = rope_append(**device, **device_scales, gated=True)
+    expected = rope_append(**given, **scales, gated=True)
+    assert distance(got, expected) < 4e-3
+    assert torch.equal(device["v_cache"].view(torch.uint8).cpu(), given["v_cache"].view(torch.uint8))
+    assert torch.equal(device_scales["v_scale"].cpu(), scales["v_scale"])
+    assert distance(device["k_cache"].float(), given["k_cache"].float()) < 1e-3

@@ -35,15 +35,22 @@ def _extent(position, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.cons
 
 
 @triton.jit
-def _tile_rows(row_pages, head, first, stop, HKV: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """int64 rows of a cache [pages, HKV, PAGE] for positions first … first + BLOCK - 1; BLOCK divides first."""
-    n = first + tl.arange(0, BLOCK)
+def _tile_pages(row_pages, first, stop, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """The page of positions first … first + BLOCK - 1, or the page of each; BLOCK divides first."""
     if PAGE % BLOCK == 0:
-        page = tl.load(row_pages + first // PAGE).to(tl.int64)
-        return (page * HKV + head) * PAGE + (first % PAGE + tl.arange(0, BLOCK))
+        return tl.load(row_pages + first // PAGE, mask=first < stop, other=0)
     else:
-        page = tl.load(row_pages + n // PAGE, mask=n < stop, other=0).to(tl.int64)
-        return (page * HKV + head) * PAGE + n % PAGE
+        n = first + tl.arange(0, BLOCK)
+        return tl.load(row_pages + n // PAGE, mask=n < stop, other=0)
+
+
+@triton.jit
+def _tile_rows(pages, head, first, HKV: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """int64 rows of a cache [pages, HKV, PAGE] for positions first … first + BLOCK - 1, from ``_tile_pages``."""
+    if PAGE % BLOCK == 0:
+        return (pages.to(tl.int64) * HKV + head) * PAGE + (first % PAGE + tl.arange(0, BLOCK))
+    else:
+        return (pages.to(tl.int64) * HKV + head) * PAGE + (first + tl.arange(0, BLOCK)) % PAGE
 
 
 @triton.jit
@@ -163,7 +170,11 @@ def _decode_kernel(
     d = tl.arange(0, DP)[None, :]
     j = tl.arange(0, BLOCK)
     n = (first + split) * BLOCK + j
-    places = _tile_rows(row_pages, head, (first + split) * BLOCK, stop, HKV, PAGE, BLOCK)
+    begin = (first + split) * BLOCK
+    pages = _tile_pages(row_pages, begin, stop, PAGE, BLOCK)
+    places = _tile_rows(pages, head, begin, HKV, PAGE, BLOCK)
+    # A page number is read one tile ahead, so that the pipeline of the loop holds keys and values alone.
+    pages = _tile_pages(row_pages, begin + SPLITS * BLOCK, stop, PAGE, BLOCK)
     rows = places[:, None] * D + d
     keep = (n >= start) & (n < stop)
     k = tl.load(k_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
@@ -226,7 +237,8 @@ def _decode_kernel(
         )  # fmt: skip
     for t in range(split + SPLITS, tiles, SPLITS):
         n = (first + t) * BLOCK + j
-        places = _tile_rows(row_pages, head, (first + t) * BLOCK, stop, HKV, PAGE, BLOCK)
+        places = _tile_rows(pages, head, (first + t) * BLOCK, HKV, PAGE, BLOCK)
+        pages = _tile_pages(row_pages, (first + t + SPLITS) * BLOCK, stop, PAGE, BLOCK)
         rows = places[:, None] * D + d
         keep = n < stop
         k = tl.load(k_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
