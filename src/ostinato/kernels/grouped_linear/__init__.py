@@ -100,7 +100,7 @@ def sort_picks(ids: torch.Tensor, num_experts: int, *, block_rows: int | None = 
 def default_block_rows(picks: int, num_experts: int) -> int:
     """Rows of a block: the fewer picks an expert has, the smaller, since a block is multiplied whole."""
     per_expert = picks / num_experts
-    return 16 if per_expert <= 8 else 32 if per_expert <= 24 else 64 if per_expert <= 256 else 128
+    return 16 if per_expert <= 8 else 32 if per_expert <= 24 else 64 if per_expert <= 64 else 128
 
 
 def grouped_gate_up(

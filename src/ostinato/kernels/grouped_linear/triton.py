@@ -271,8 +271,8 @@ def tiles_for(tokens: int, gated: bool, kind: BlockKind, k: int, device: torch.d
     rows = 64 if gated else 128
     if tokens < 64:
         return ProductTiles(tokens, rows, 2, 4, 3, swap=True)
-    if capability(device)[0] == 9 and kind.bits == 4 and k % 64 == 0:
-        return ProductTiles(tokens, rows, 2, 4 if tokens == 64 else 8, 3 if tokens == 64 else 4, pipelined=True)
+    if tokens >= 128 and capability(device)[0] == 9 and kind.bits == 4 and k % 64 == 0:
+        return ProductTiles(tokens, rows, 2, 8, 4, pipelined=True)
     return ProductTiles(min(tokens, 128), rows, 2, 4 if tokens == 64 else 8, 3)
 
 
@@ -313,9 +313,9 @@ def sort_picks(ids: torch.Tensor, num_experts: int, block_rows: int) -> tuple[to
     picks = ids.numel()
     order = torch.empty((picks,), dtype=torch.int32, device=ids.device)
     blocks = torch.empty((picks // block_rows + num_experts, 3), dtype=torch.int32, device=ids.device)
-    block = max(64, min(16384, triton.next_power_of_2(picks)))
+    block = max(64, min(4096, triton.next_power_of_2(picks)))
     _sort_kernel[(num_experts,)](
-        ids, order, blocks, picks, num_experts, block_rows, block, num_warps=max(1, min(16, block // 256)),
+        ids, order, blocks, picks, num_experts, block_rows, block, num_warps=max(1, min(8, block // 256)),
         **launch_options(ids.device),
     )  # fmt: skip
     return order, blocks
