@@ -85,21 +85,16 @@ def candidates(m: int) -> list[list[dict[str, int | bool]]]:
     def product(names: tuple[str, ...], *values: tuple[int, ...]) -> list[dict[str, int | bool]]:
         return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
 
-    gate = product(("gate_rows", "gate_warps"), (4, 8), (1, 2, 4))
+    gates = ((4, 1), (4, 2), (8, 1), (8, 2), (8, 4), (16, 2), (16, 4), (16, 8))
+    gate: list[dict[str, int | bool]] = [{"gate_rows": rows, "gate_warps": warps} for rows, warps in gates]
     if m == 1:
-        gate += [{"gate_rows": 16, "gate_warps": 4}, {"gate_rows": 16, "gate_warps": 2}]
-        return [
-            gate,
-            product(("down_rows", "down_warps", "early"), (1, 2, 4), (1, 2, 4), (1, 0)),
-            product(("router_rows", "router_warps"), (1, 2, 4), (2, 4, 8)),
-            gate,
-        ]
-    tokens = (1, 2) if m < 8 else (1, 2, 4)
+        down = product(("down_rows", "down_warps", "early"), (1, 2, 4), (1, 2, 4), (1, 0))
+        return [gate, down, product(("router_rows", "router_warps"), (1, 2, 4), (2, 4, 8)), gate, down]
     return [
-        product(("gate_rows", "gate_warps"), (4, 8), (1, 2, 4)),
-        product(("down_rows", "down_warps"), (2, 4, 8), (1, 2, 4)),
+        gate,
+        product(("down_rows", "down_warps"), (4, 8, 16), (1, 2, 4)),
         product(("tokens",), (4, 8, 16)) if m > 4 else [],
-        product(("router_rows", "router_warps", "router_tokens"), (2, 4), (4,), tokens),
+        product(("router_rows", "router_warps", "router_tokens"), (4, 8), (4, 8), (1, 2, 4) if m < 32 else (2, 4, 8)),
     ]
 
 
@@ -158,6 +153,16 @@ def tune(kind: str, ms: list[int], seconds: float) -> None:
         print(f"m {m}: best {best_us:.2f} us {best}  | {time.monotonic() - began:.0f} s", flush=True)
 
 
+def grouped(kind: str, ms: list[int]) -> None:
+    """The products of many rows at few: where they become faster."""
+    blocks = Blocks(kind)
+    for m in ms:
+        moe.MAX_ROWS = 64
+        few = blocks.us(m, None) if m <= 64 else float("nan")
+        moe.MAX_ROWS = 0
+        print(f"{kind} {m:5d} tokens: int8 {few:8.2f} us, bfloat16 {blocks.us(m, None):8.2f} us a block", flush=True)
+
+
 def trace(blocks: Blocks, m: int) -> None:
     """Start and end of each kernel of a block as the profiler saw them, in microseconds from the block's start."""
     h = torch.randn(m, HIDDEN, device=CUDA)
@@ -195,7 +200,7 @@ def report(kind: str, ms: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("compile", "tune", "report", "trace"))
+    parser.add_argument("command", choices=("compile", "tune", "report", "trace", "grouped"))
     parser.add_argument("--kind", default="I4_128")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512, 4096])
     parser.add_argument("--seconds", type=float, default=100.0)
@@ -207,6 +212,8 @@ def main() -> None:
         tune(arguments.kind, arguments.tokens, arguments.seconds)
     elif arguments.command == "report":
         report(arguments.kind, arguments.tokens)
+    elif arguments.command == "grouped":
+        grouped(arguments.kind, arguments.tokens)
     else:
         for m in arguments.tokens:
             trace(Blocks(arguments.kind), m)

@@ -5,6 +5,7 @@ import torch
 
 from ostinato.kernels.moe import moe_block
 from ostinato.kernels.moe.ref import moe_block_ref
+from ostinato.kernels.registry import load
 from ostinato.quant.blocks import KINDS
 
 from ...unit.kernels.moe_cases import MoeCase, random_case
@@ -18,13 +19,16 @@ def seed() -> None:
 
 
 def assert_close(found: torch.Tensor, case: MoeCase) -> None:
-    """Int8 with a scale for four columns is off by about 0.3 % of a random sum, in each of three factors."""
-    expected = moe_block_ref(case.h, **case.arguments()) - case.h
+    """Int8 with a scale for 16 columns is off by about 0.5 % of a random sum, in each of three factors."""
+    exact = moe_block_ref(case.h, **case.arguments()) - case.h
+    change = found - case.h
     assert torch.isfinite(found).all()
-    assert (found - case.h - expected).norm() < 0.015 * expected.norm()
-    if found.shape[0] <= 64:  # the model of the kernel, but for ties of rounding
-        model = moe_block_ref(case.h, **case.arguments(), int8_group=4) - case.h
-        assert (found - case.h - model).norm() < 2e-3 * model.norm()
+    assert (change - exact).norm() < 0.03 * exact.norm()
+    rows = found.shape[0]
+    if rows <= 64 and not isinstance(case.gate_up, torch.Tensor):  # the model of the kernel, but for ties of rounding
+        tiles = load("ostinato.kernels.moe.triton:default_tiles")(rows, case.h.shape[1], case.down.shape[-1])
+        model = moe_block_ref(case.h, **case.arguments(), int8_groups=(16, tiles.gate_rows)) - case.h
+        assert (change - model).norm() < 3e-3 * model.norm()
 
 
 SIZES = {"hidden": 2048, "width": 512, "num_experts": 40, "top_k": 8}

@@ -57,7 +57,10 @@ def random_case(
     def stack(kind: str | None, rows: int, columns: int) -> BlockWeight | torch.Tensor:
         if kind is None:
             return torch.randn(total, rows, columns, device=device) * columns**-0.5
-        return random_weight(kind, total * rows, columns, device)
+        weight = random_weight(kind, total * rows, columns, device)
+        if weight.m is not None and weight.kind.min_sign > 0:  # weights with a mean of about 0, so that sums are random
+            weight.m.copy_(weight.d * -(2.0 ** (weight.kind.bits - 1)))
+        return weight
 
     return MoeCase(
         h=torch.randn(m, hidden, device=device) * 3,

@@ -20,7 +20,7 @@ from ostinato.kernels.moe.experts.triton import (
     _gate_up_list_kernel,
 )
 from ostinato.kernels.moe.ref import Stack, moe_block_dense, stack_of
-from ostinato.kernels.moe.route.triton import _choose_kernel, _router_kernel, _sort_kernel
+from ostinato.kernels.moe.route.triton import _choose_kernel, _key_kernel, _router_kernel, _sort_kernel
 from ostinato.kernels.rms_norm import rms_norm
 from ostinato.quant.blocks import KINDS, BlockWeight
 
@@ -32,8 +32,8 @@ MAX_COLUMNS = 8192  # a program holds whole rows of a weight in registers
 class MoeTiles:
     """How the block is cut into programs.
 
-    router_rows: experts a program. router_tokens: tokens a program. gate_rows: of F a program, a multiple of 4.
-    down_rows: of H a thread. early: down loads before gate and up are done. tokens: picks that share a program.
+    router_rows: experts a program. router_tokens: tokens a program. gate_rows: of F a program, 4, 8 or 16: they share a
+    scale. down_rows: of H a thread. early: down loads before gate and up are done. tokens: picks that share a program.
     """
 
     router_rows: int
@@ -49,10 +49,10 @@ class MoeTiles:
 
 def default_tiles(m: int, hidden: int, width: int) -> MoeTiles:
     """Tiles by rule, from measurements at H = 2048, F = 512 (docs/performance/kernels_moe.md)."""
-    gate_warps = max(1, min(4, hidden // 1024))
+    wide = max(1, min(4, hidden // 512))
     if m == 1:
-        return MoeTiles(2, 4, 4, gate_warps, 2, 1)
-    return MoeTiles(2, 4, 4, gate_warps, 4, 1, router_tokens=1 if m < 8 else 4)
+        return MoeTiles(2, 4, 4, max(1, min(4, hidden // 2048)), 2, 4)
+    return MoeTiles(4, 4, 8, wide, 8, 4, router_tokens=1 if m < 16 else 2, tokens=16)
 
 
 def moe_block(
@@ -97,14 +97,16 @@ def moe_block(
     picks = top_k + has_shared
     padded = max(32, triton.next_power_of_2(num_experts))
     logits = torch.empty((tokens, num_experts + 1), dtype=torch.float32, device=device)
-    x = _quads(tokens, hidden, device)
+    keys = torch.empty((tokens, padded), dtype=torch.int32, device=device)
+    x = *_int8(tokens, hidden, 4, device), torch.empty(tokens, dtype=torch.float32, device=device)
     grid = (triton.cdiv(num_experts, t.router_rows) + 1, triton.cdiv(tokens, t.router_tokens))
     _router_kernel[grid](
-        h, norm, eps, router, shared_gate if shared_gate is not None else router, logits, *x, tokens, num_experts,
-        hidden, t.router_rows, triton.next_power_of_2(hidden // 32), t.router_tokens, shared_gate is not None,
+        h, norm, eps, router, shared_gate if shared_gate is not None else router, logits, keys, *x, tokens, num_experts,
+        hidden, padded, t.router_rows, triton.next_power_of_2(hidden // 32), t.router_tokens, shared_gate is not None,
         num_warps=t.router_warps, **options,
     )  # fmt: skip
-    act = _quads(tokens * picks, width, device)
+    share = t.gate_rows // 4
+    act = _int8(tokens * picks, width, share, device)
     gate_planes = _planes(gate_up, gate_up_kind)
     down_planes = _planes(down, down_kind)
     gate_constants = kind_constants(KINDS[gate_up_kind])
@@ -116,19 +118,19 @@ def moe_block(
     down_grid = triton.cdiv(hidden, t.down_rows * side)
     if tokens == 1:
         _gate_up_kernel[(width // t.gate_rows, picks)](
-            *x, logits, *gate_planes, *act, num_experts, hidden, width, *gate_constants,
+            *x, keys, *gate_planes, *act, num_experts, hidden, width, *gate_constants,
             padded, top_k, t.gate_rows, gate_groups, t.gate_warps, num_warps=t.gate_warps, **options,
         )  # fmt: skip
         _down_kernel[(down_grid,)](
-            *act, logits, *down_planes, h, out, num_experts, hidden, width, *down_constants,
+            *act, keys, logits, *down_planes, h, out, num_experts, hidden, width, *down_constants,
             padded, top_k, normalize, has_shared, shared_gate is not None,
-            t.down_rows, side, down_groups, t.down_warps, t.early, num_warps=t.down_warps, **options,
+            share, t.down_rows, side, down_groups, t.down_warps, t.early, num_warps=t.down_warps, **options,
         )  # fmt: skip
         return out
     ids = torch.empty((tokens, picks), dtype=torch.int32, device=device)
     weights = torch.empty((tokens, picks), dtype=torch.float32, device=device)
     _choose_kernel[(tokens,)](
-        logits, ids, weights, num_experts, padded, top_k, normalize, has_shared, shared_gate is not None,
+        keys, logits, ids, weights, num_experts, padded, top_k, normalize, has_shared, shared_gate is not None,
         num_warps=1, **options,
     )  # fmt: skip
     routed = tokens * top_k
@@ -137,8 +139,8 @@ def moe_block(
     order = torch.empty(routed, dtype=torch.int32, device=device)
     blocks = torch.empty((num_blocks, 4), dtype=torch.int32, device=device)
     _sort_kernel[(1,)](
-        ids, order, blocks, tokens, num_experts, num_blocks, padded, top_k, picks, t.tokens,
-        triton.cdiv(tokens, t.tokens), num_warps=max(1, min(8, padded // 32)), **options,
+        ids, order, torch.empty_like(keys[0]), blocks, tokens, num_experts, num_blocks,
+        padded, top_k, picks, triton.next_power_of_2(routed), t.tokens, triton.cdiv(tokens, t.tokens), num_warps=max(1, min(8, padded // 32)), **options,
     )  # fmt: skip
     _gate_up_list_kernel[(width // t.gate_rows, num_shared + num_blocks)](
         *x, order, blocks, *gate_planes, *act, tokens, num_experts, num_shared, hidden, width, *gate_constants,
@@ -147,7 +149,7 @@ def moe_block(
     parts = torch.empty((tokens * picks, hidden), dtype=torch.float32, device=device)
     _down_list_kernel[(down_grid, num_shared + num_blocks)](
         *act, order, blocks, weights, *down_planes, parts, tokens, num_experts, num_shared, hidden, width,
-        *down_constants, picks, t.tokens, t.down_rows, side, down_groups, num_warps=t.down_warps, **options,
+        *down_constants, picks, t.tokens, share, t.down_rows, side, down_groups, num_warps=t.down_warps, **options,
     )  # fmt: skip
     block = min(512, triton.next_power_of_2(hidden))
     _combine_kernel[(tokens, triton.cdiv(hidden, block))](
@@ -171,10 +173,10 @@ def _planes(planes: Sequence[torch.Tensor | None], kind: str) -> tuple[torch.Ten
     return pairs(words, d, high, m, sub_d, sub_m, KINDS[kind])
 
 
-def _quads(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for int8 rows: words int32 and scales float32, [rows, columns / 4] each."""
-    shape = (rows, columns // 4)
-    return torch.empty(shape, dtype=torch.int32, device=device), torch.empty(shape, device=device)
+def _int8(rows: int, columns: int, share: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for int8 rows: words int32 [rows, columns / 4], and scales float32, one for ``share`` words."""
+    words = torch.empty((rows, columns // 4), dtype=torch.int32, device=device)
+    return words, torch.empty((rows, columns // 4 // share), dtype=torch.float32, device=device)
 
 
 def _many_rows(
@@ -207,10 +209,14 @@ def _many_rows(
     assert isinstance(gate_up, BlockWeight), "dense stacks were multiplied before"
     assert isinstance(down, BlockWeight), "dense stacks were multiplied before"
     picks = top_k + has_shared
+    padded = max(32, triton.next_power_of_2(num_experts))
+    keys = torch.empty((tokens, padded), dtype=torch.int32, device=h.device)
     ids = torch.empty((tokens, picks), dtype=torch.int32, device=h.device)
     weights = torch.empty((tokens, picks), dtype=torch.float32, device=h.device)
+    options = launch_options(h.device)
+    _key_kernel[(tokens,)](logits, keys, num_experts, padded, num_warps=1, **options)
     _choose_kernel[(tokens,)](
-        logits, ids, weights, num_experts, max(32, triton.next_power_of_2(num_experts)), top_k, normalize, has_shared,
-        shared_gate is not None, num_warps=1, **launch_options(h.device),
+        keys, logits, ids, weights, num_experts, padded, top_k, normalize, has_shared, shared_gate is not None,
+        num_warps=1, **options,
     )  # fmt: skip
     return grouped_linear(x, gate_up, down, ids, weights, num_experts=num_experts + has_shared, residual=h)

@@ -1,7 +1,8 @@
 """Gate, up and down products of the chosen experts.
 
 Tensors are [1, R, W, NG], as in block_linear's streamed kernel: a thread holds whole groups of 32 columns, 16 bytes of
-a weight a load. Inputs are int8 with a scale for every four columns: ``words`` and ``scales``, [.., K/4] each.
+a weight a load. Inputs are int8: words of four columns, and a float32 scale for SHARE of them. A scale for each word
+would be more exact, but an instruction for every four weights counts: SHARE is 4 for x, R / 4 for what down reads.
 
 For one token the kernels choose the experts themselves, each warp for itself: that costs less than a kernel between the
 router and them. ``_gate_up_kernel`` and ``_gate_up_list_kernel`` let the next kernel start only after their own wait:
@@ -15,8 +16,16 @@ import triton
 import triton.language as tl
 
 from ostinato.kernels.block_linear.matvec.triton import half, load_tile, quad
-from ostinato.kernels.moe.route.triton import choose_all, choose_one
-from ostinato.kernels.triton import INTERPRETED, dp4a, gate_times_up, load_floats, load_words, trigger, wait
+from ostinato.kernels.moe.route.triton import choose_all, choose_one, nothing, sum_both
+from ostinato.kernels.triton import (
+    INTERPRETED,
+    dp4a,
+    gate_times_up,
+    load_floats,
+    load_words,
+    trigger,
+    wait,
+)
 
 
 @triton.jit
@@ -34,95 +43,125 @@ def load_expert(
 
 
 @triton.jit
-def load_quads(words, scales, g, KG: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr):
-    """A row of int8 inputs: eight words, their scales, and the sums of the lower and the upper half of each group.
+def load_float(pointer, inside):
+    """One float32 each, zeros outside, in the layout of the pointers."""
+    if INTERPRETED:
+        return tl.load(pointer, mask=inside, other=0.0)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
+            "=&f,l,r", [pointer, inside.to(tl.int32)], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
 
-    words, scales: the row's. g: [1, 1, W, NG], the groups. For groups of 32 and more the whole sum is in the first.
+
+@triton.jit
+def load_row(words, scales, g, KG: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr):
+    """A row of int8 inputs: eight words, 8 / SHARE scales, and the sums of the lower and the upper half of each group.
+
+    words, scales: the row's. g: [1, 1, W, NG], the groups. SHARE: words that share a scale, 1, 2 or 4. For groups of 32
+    and more the whole sum is in the first.
     """
     inside = g < KG
     w0, w1, w2, w3 = load_words(words + g * 8, inside)
     w4, w5, w6, w7 = load_words(words + g * 8 + 4, inside)
-    s0, s1, s2, s3 = load_floats(scales + g * 8, inside)
-    s4, s5, s6, s7 = load_floats(scales + g * 8 + 4, inside)
-    lower = s0
-    upper = s4
+    x = nothing() + (w0, w1, w2, w3, w4, w5, w6, w7)  # noqa: RUF005
+    if SHARE == 4:
+        s0 = load_float(scales + g * 2, inside)
+        s1 = load_float(scales + g * 2 + 1, inside)
+        x += (s0, s1)
+    elif SHARE == 2:
+        s0, s1, s2, s3 = load_floats(scales + g * 4, inside)
+        x += (s0, s1, s2, s3)
+    else:
+        s0, s1, s2, s3 = load_floats(scales + g * 8, inside)
+        s4, s5, s6, s7 = load_floats(scales + g * 8 + 4, inside)
+        x += (s0, s1, s2, s3, s4, s5, s6, s7)
+    lower = x[8]
+    upper = lower
     if SUMS:
-        lower = byte_sum(w0) * s0 + byte_sum(w1) * s1 + byte_sum(w2) * s2 + byte_sum(w3) * s3
-        upper = byte_sum(w4) * s4 + byte_sum(w5) * s5 + byte_sum(w6) * s6 + byte_sum(w7) * s7
+        ones = tl.full(w0.shape, 0x01010101, tl.int32)
+        lower = tl.zeros(w0.shape, tl.float32)
+        upper = lower
+        for part in tl.static_range(4 // SHARE):
+            low = tl.full(w0.shape, 0x4B400000, tl.int32)
+            upp = low
+            for t in tl.static_range(SHARE):
+                low = dp4a(x[part * SHARE + t], ones, low)
+                upp = dp4a(x[4 + part * SHARE + t], ones, upp)
+            lower += from_bits(low) * x[8 + part]
+            upper += from_bits(upp) * x[8 + 4 // SHARE + part]
         if GROUP >= 32:
             lower += upper
-    return w0, w1, w2, w3, w4, w5, w6, w7, s0, s1, s2, s3, s4, s5, s6, s7, lower, upper
+    return x + (lower, upper)  # noqa: RUF005
 
 
 @triton.jit
-def dot_float(a, b):
-    """The dot product of the four signed bytes of each word in float32.
+def from_bits(total):
+    """An integer sum that was started at 0x4B400000, in float32.
 
-    The sum starts at the bits of 1.5 * 2**23, to which an integer adds as it does to a float: cheaper than converting.
+    Those are the bits of 1.5 * 2**23, to which an integer adds as it does to a float: cheaper than converting.
     """
-    start = tl.full(a.shape, 0x4B400000, tl.int32)
-    return dp4a(a, b, start).to(tl.float32, bitcast=True) - 12582912.0
+    return total.to(tl.float32, bitcast=True) - 12582912.0
 
 
 @triton.jit
-def byte_sum(w):
-    return dot_float(w, tl.full(w.shape, 0x01010101, tl.int32))
+def dp4a_high(a, b, c):
+    """c + the dot product of the four *unsigned* bytes of a, multiples of 16, and the signed bytes of b."""
+    if INTERPRETED:
+        return c + 16 * (dp4a((a >> 4) & 0x0F0F0F0F, b, tl.zeros_like(c)))
+    else:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
-def quad_products(tile, x, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
-                  HAS_SUB: tl.constexpr):  # fmt: skip
-    """The products of a tile with a row of ``load_quads``, group by group: float32 [1, R, W, NG]."""
+def row_products(tile, x, SHARE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
+                 MIN_SIGN: tl.constexpr, HAS_SUB: tl.constexpr):  # fmt: skip
+    """The products of a tile with a row of ``load_row``, group by group: float32 [1, R, W, NG]."""
     shape: tl.constexpr = tile[0].shape
     lower = tl.zeros(shape, tl.float32)
     upper = lower
-    for t in tl.static_range(4):
-        lower += dot_float(quad(tile, t, BITS), tl.broadcast_to(x[t], shape)) * x[8 + t]
-        upper += dot_float(quad(tile, t + 4, BITS), tl.broadcast_to(x[t + 4], shape)) * x[12 + t]
+    for part in tl.static_range(4 // SHARE):
+        low = tl.full(shape, 0x4B400000, tl.int32)
+        upp = low
+        for t in tl.static_range(SHARE):
+            low = dp4a(quad(tile, part * SHARE + t, BITS), tl.broadcast_to(x[part * SHARE + t], shape), low)
+            of_upper = tl.broadcast_to(x[4 + part * SHARE + t], shape)
+            if BITS == 4:  # high nibbles where they are: 16 times the product, without a shift
+                upp = dp4a_high(tile[part * SHARE + t] & -252645136, of_upper, upp)
+            else:
+                upp = dp4a(quad(tile, 4 + part * SHARE + t, BITS), of_upper, upp)
+        lower += from_bits(low) * x[8 + part]
+        upper += from_bits(upp) * (x[8 + 4 // SHARE + part] * (0.0625 if BITS == 4 else 1.0))
     scale, minimum = half(tile[10], tile[11], tile[12], tile[13], False, GROUP, OFFSET, MIN_SIGN, HAS_SUB)
     if GROUP >= 32:
         total = (lower + upper) * scale
         if MIN_SIGN != 0 or OFFSET != 0:
-            total += minimum * x[16]
+            total += minimum * x[8 + 8 // SHARE]
     else:
         scale_up, minimum_up = half(tile[10], tile[11], tile[12], tile[13], True, GROUP, OFFSET, MIN_SIGN, HAS_SUB)
         total = lower * scale + upper * scale_up
         if MIN_SIGN != 0 or OFFSET != 0:
-            total += minimum * x[16] + minimum_up * x[17]
+            total += minimum * x[8 + 8 // SHARE] + minimum_up * x[9 + 8 // SHARE]
     return total
 
 
 @triton.jit
-def _add_both(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def sum_both(a, b, AXIS: tl.constexpr):
-    """Both sums in one exchange between threads."""
-    if INTERPRETED:
-        return tl.sum(a, AXIS), tl.sum(b, AXIS)
-    else:
-        return tl.reduce((a, b), AXIS, _add_both)
-
-
-@triton.jit
-def store_quads(y, words, scales, R: tl.constexpr):
-    """R values as R / 4 words of int8 and their scales."""
+def store_row(y, words, scales, R: tl.constexpr):
+    """R values as R / 4 words of int8 and their scale."""
     four = tl.reshape(y, (R // 4, 4))
-    largest = tl.max(tl.abs(four), 1)
-    scaled = four * (127.0 / tl.maximum(largest, 1e-30))[:, None]
-    lane = tl.arange(0, 4)[None, :]
+    largest = tl.max(tl.max(tl.abs(four), 1), 0)
     # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
-    bytes_ = ((scaled + 12582912.0).to(tl.int32, bitcast=True) & 255) << (8 * lane)
-    at = tl.arange(0, R // 4)
-    tl.store(words + at, tl.sum(bytes_, 1))
-    tl.store(scales + at, largest * (1.0 / 127.0))
+    rounded = (four * (127.0 / tl.maximum(largest, 1e-30)) + 12582912.0).to(tl.int32, bitcast=True)
+    bytes_ = (rounded & 255) << (8 * tl.arange(0, 4)[None, :])
+    tl.store(words + tl.arange(0, R // 4), tl.sum(bytes_, 1))
+    tl.store(scales, largest * (1.0 / 127.0))
 
 
 @triton.jit
 def _gate_up_kernel(
-    x_words, x_scales, logits, words, high, d, m, sub_d, sub_m, act_words, act_scales, E, K: tl.constexpr,
+    x_words, x_scales, roots, keys, words, high, d, m, sub_d, sub_m, act_words, act_scales, E, K: tl.constexpr,
     F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr,
     MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, R: tl.constexpr, NG: tl.constexpr,
     WARPS: tl.constexpr, PDL: tl.constexpr,
@@ -137,28 +176,32 @@ def _gate_up_kernel(
     expert = E
     if pick < TOP_K:  # the shared expert is known without the router, and its weights come early
         wait(PDL)
-        expert = choose_one(logits, pick, E, EP, WARPS)
+        trigger(PDL)
+        expert = choose_one(keys, pick, E, EP, WARPS)
     first = expert.to(tl.int64) * (2 * F)
     tile = load_expert(words, high, d, m, sub_d, sub_m, first, rows, g, K, BITS, SUPER, MIN, SUB)
     twin = load_expert(words, high, d, m, sub_d, sub_m, first, rows + F, g, K, BITS, SUPER, MIN, SUB)
-    wait(PDL)
-    trigger(PDL)
-    x = load_quads(x_words, x_scales, g, KG, GROUP, MIN or OFFSET != 0)
+    if pick == TOP_K:
+        wait(PDL)
+        trigger(PDL)
+    root = tl.load(roots)
+    x = load_row(x_words, x_scales, g, KG, 4, GROUP, MIN or OFFSET != 0)
     gate, up = sum_both(
-        quad_products(tile, x, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
-        quad_products(twin, x, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
+        row_products(tile, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
+        row_products(twin, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
         3,
     )
-    at = pick * (F // 4) + tl.program_id(0) * (R // 4)
-    store_quads(gate_times_up(gate, up, "silu"), act_words + at, act_scales + at, R)
+    at = pick * (F // R) + tl.program_id(0)
+    store_row(gate_times_up(gate * root, up * root, "silu"), act_words + at * (R // 4), act_scales + at, R)
 
 
 @triton.jit
 def _down_kernel(
-    act_words, act_scales, logits, words, high, d, m, sub_d, sub_m, h, out, E, H, F: tl.constexpr,
+    act_words, act_scales, keys, logits, words, high, d, m, sub_d, sub_m, h, out, E, H, F: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
     EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, NG: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    SHARE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, NG: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out = h + the weighted sum over all picks of one token, R * W rows a program."""
     trigger(PDL)
@@ -171,20 +214,21 @@ def _down_kernel(
     rows = tl.minimum(rows, H - 1)
     if not EARLY:
         wait(PDL)
-    experts, weights = choose_all(logits, E, EP, TOP_K, NORMALIZE, SHARED, GATED, WARPS)
-    tiles = tl.tuple(())
+    experts, weights = choose_all(keys, logits, E, EP, TOP_K, NORMALIZE, SHARED, GATED, WARPS)
+    tiles = nothing()
     for p in tl.static_range(TOP_K + SHARED):
         first = experts[p].to(tl.int64) * H
         tiles += (load_expert(words, high, d, m, sub_d, sub_m, first, rows, g, F, BITS, SUPER, MIN, SUB),)
+    n = start + tl.arange(0, R)[None, :, None] * W + tl.arange(0, W)[None, None, :]
+    added = tl.load(h + n, mask=n < H, other=0.0, cache_modifier=".cg")
     if EARLY:
         wait(PDL)
-    n = start + tl.arange(0, R)[None, :, None] * W + tl.arange(0, W)[None, None, :]
-    added = tl.load(h + n, mask=n < H, other=0.0)
     acc = tl.zeros((1, R, W, NG), tl.float32)
     for p in tl.static_range(TOP_K + SHARED):
-        at = p * (F // 4)
-        x = load_quads(act_words + at, act_scales + at, g, FG, GROUP, MIN or OFFSET != 0)
-        acc += quad_products(tiles[p], x, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weights[p]
+        x = load_row(
+            act_words + p * (F // 4), act_scales + p * (F // 4 // SHARE), g, FG, SHARE, GROUP, MIN or OFFSET != 0
+        )
+        acc += row_products(tiles[p], x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weights[p]
     tl.store(out + n, added + tl.sum(acc, 3), mask=n < H)
 
 
@@ -214,7 +258,7 @@ def block_row(order, block, i, NUM_SHARED, PICKS: tl.constexpr):
 
 @triton.jit
 def _gate_up_list_kernel(
-    x_words, x_scales, order, blocks, words, high, d, m, sub_d, sub_m, act_words, act_scales, M, E, NUM_SHARED,
+    x_words, x_scales, roots, order, blocks, words, high, d, m, sub_d, sub_m, act_words, act_scales, M, E, NUM_SHARED,
     K: tl.constexpr, F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr,
     OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr, PICKS: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr,
     NG: tl.constexpr, PDL: tl.constexpr,
@@ -235,23 +279,24 @@ def _gate_up_list_kernel(
         twin = load_expert(words, high, d, m, sub_d, sub_m, first, rows + F, g, K, BITS, SUPER, MIN, SUB)
         for i in range(begin, stop):
             row = block_row(order, block, i, NUM_SHARED, PICKS)
-            token = row // PICKS * (K // 4)
-            x = load_quads(x_words + token, x_scales + token, g, KG, GROUP, MIN or OFFSET != 0)
+            token = row // PICKS
+            root = tl.load(roots + token)
+            x = load_row(x_words + token * (K // 4), x_scales + token * (K // 16), g, KG, 4, GROUP, MIN or OFFSET != 0)
             gate, up = sum_both(
-                quad_products(tile, x, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
-                quad_products(twin, x, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
+                row_products(tile, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
+                row_products(twin, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
                 3,
             )
-            at = row * (F // 4) + tl.program_id(0) * (R // 4)
-            store_quads(gate_times_up(gate, up, "silu"), act_words + at, act_scales + at, R)
+            at = row * (F // R) + tl.program_id(0)
+            store_row(gate_times_up(gate * root, up * root, "silu"), act_words + at * (R // 4), act_scales + at, R)
 
 
 @triton.jit
 def _down_list_kernel(
     act_words, act_scales, order, blocks, weights, words, high, d, m, sub_d, sub_m, parts, M, E, NUM_SHARED, H,
     F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr,
-    MIN_SIGN: tl.constexpr, PICKS: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    NG: tl.constexpr, PDL: tl.constexpr,
+    MIN_SIGN: tl.constexpr, PICKS: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr, NG: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The weighted products of a block of picks, R * W rows a program: float32 [M * PICKS, H]."""
     trigger(PDL)
@@ -271,9 +316,9 @@ def _down_list_kernel(
         wait(PDL)
         for i in range(begin, stop):
             row = block_row(order, block, i, NUM_SHARED, PICKS)
-            at = row * (F // 4)
-            x = load_quads(act_words + at, act_scales + at, g, FG, GROUP, MIN or OFFSET != 0)
-            y = tl.sum(quad_products(tile, x, BITS, GROUP, OFFSET, MIN_SIGN, SUB), 3)
+            words_at = act_words + row * (F // 4)
+            x = load_row(words_at, act_scales + row * (F // 4 // SHARE), g, FG, SHARE, GROUP, MIN or OFFSET != 0)
+            y = tl.sum(row_products(tile, x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB), 3)
             tl.store(parts + row * H + n, y * tl.load(weights + row, cache_modifier=".cg"), mask=n < H)
 
 

@@ -1,7 +1,8 @@
 """Router, choice of experts and, for several tokens, the picks sorted by expert.
 
-Activations leave the router as int8: ``x_words`` [M, K/4], four in a word, and ``x_scales`` [M, K/4] in float32, one
-for each word, with the norm's factor in them. The layout of threads follows from a tensor's shape, as in block_linear.
+Activations leave the router as int8: ``x_words`` [M, K/4], four in a word, ``x_scales`` float32 [M, K/16], one for
+16 columns, and ``roots`` float32 [M], by which the norm scales a row. The layout of threads follows from a tensor's
+shape, as in block_linear.
 """
 
 from __future__ import annotations
@@ -13,28 +14,38 @@ from ostinato.kernels.triton import INTERPRETED, load_floats, quantize_quad, tri
 
 
 @triton.jit
-def load_fresh(pointer, inside):
-    """One float32 each, -inf outside, read from the L2 cache, where any earlier kernel's writes are."""
+def load_fresh(pointer):
+    """One float32 or int32 each, read from the L2 cache, where any earlier kernel's writes are."""
     if INTERPRETED:
-        return tl.load(pointer, mask=inside, other=float("-inf"))
+        return tl.load(pointer)
+    elif pointer.dtype.element_ty == tl.int32:
+        return tl.inline_asm_elementwise(
+            "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=False, pack=1
+        )
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0xff800000; @p ld.relaxed.gpu.global.b32 $0, [$1]; }",
-            "=&f,l,r", [pointer, inside.to(tl.int32)], dtype=tl.float32, is_pure=False, pack=1,
-        )  # fmt: skip
+            "ld.relaxed.gpu.global.b32 $0, [$1];", "=f,l", [pointer], dtype=tl.float32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
-def load_keys(logits, E, EP: tl.constexpr, WARPS: tl.constexpr):
-    """Integers in the order of the logits [E], each unique: the expert's complement stands in the lowest bits.
+def sort_key(logit, expert, EP: tl.constexpr):
+    """Integers in the order of the logits, each unique: the expert's complement stands in the lowest bits."""
+    bits = logit.to(tl.int32, bitcast=True)
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) & -EP) | (EP - 1 - expert)
 
-    int32 [EP / 32, WARPS, 32]: each warp has all of them, so that the choice needs no exchange between warps.
-    """
+
+@triton.jit
+def load_keys(keys, EP: tl.constexpr, WARPS: tl.constexpr):
+    """All keys in each warp, so that the choice needs no exchange between warps: int32 [EP / 32, WARPS, 32]."""
     lane = tl.arange(0, 32)[None, None, :] + tl.arange(0, WARPS)[None, :, None] * 0
-    expert = tl.arange(0, EP // 32)[:, None, None] * 32 + lane
-    bits = load_fresh(logits + expert, expert < E).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(expert < E, (ordered & -EP) | (EP - 1 - expert), -2147483648)
+    return load_fresh(keys + tl.arange(0, EP // 32)[:, None, None] * 32 + lane)
+
+
+@triton.jit
+def nothing():
+    """The empty tuple, to which type checkers let a tuple of any length be added."""
+    return ()
 
 
 @triton.jit
@@ -55,9 +66,9 @@ def expert_of(key, E, EP: tl.constexpr):
 
 
 @triton.jit
-def choose_one(logits, pick, E, EP: tl.constexpr, WARPS: tl.constexpr):
+def choose_one(keys, pick, E, EP: tl.constexpr, WARPS: tl.constexpr):
     """The expert with the pick-th largest logit, from 0."""
-    keys = load_keys(logits, E, EP, WARPS)
+    keys = load_keys(keys, EP, WARPS)
     key = largest(keys)
     for _ in range(pick):
         keys = without(keys, key)
@@ -67,45 +78,69 @@ def choose_one(logits, pick, E, EP: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def choose_all(
-    logits, E, EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr,
+    keys, logits, E, EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr,
     GATED: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Two tuples of TOP_K (and one, with a shared expert) numbers: experts and their weights."""
-    keys = load_keys(logits, E, EP, WARPS)
-    experts = tl.tuple(())
+    keys = load_keys(keys, EP, WARPS)
+    experts = nothing()
     for i in tl.static_range(TOP_K):
         key = largest(keys)
         experts += (expert_of(key, E, EP),)
         if i + 1 < TOP_K:
             keys = without(keys, key)
-    values = tl.tuple(())
+    values = nothing()
     for i in tl.static_range(TOP_K):
-        values += (load_fresh(logits + experts[i], experts[i] >= 0),)
+        values += (load_fresh(logits + experts[i]),)
     if NORMALIZE:
         total = 0.0
         for i in tl.static_range(TOP_K):
             total += tl.exp(values[i] - values[0])
     else:
         e = tl.arange(0, EP)
-        total = tl.sum(tl.exp(load_fresh(logits + e, e < E) - values[0]), 0)
-    weights = tl.tuple(())
+        total = tl.sum(tl.where(e < E, tl.exp(load_fresh(logits + tl.minimum(e, E - 1)) - values[0]), 0.0), 0)
+    weights = nothing()
     for i in tl.static_range(TOP_K):
         weights += (tl.exp(values[i] - values[0]) / total,)
     if SHARED:
         experts += (E,)
         if GATED:
-            weights += (tl.sigmoid(tl.maximum(load_fresh(logits + E, E >= 0), -80.0)),)
+            weights += (tl.sigmoid(tl.maximum(load_fresh(logits + E), -80.0)),)
         else:
             weights += (1.0,)
     return experts, weights
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def sum_both(a, b, AXIS: tl.constexpr):
+    """Both sums in one exchange between threads."""
+    if INTERPRETED:
+        return tl.sum(a, AXIS), tl.sum(b, AXIS)
+    else:
+        return tl.reduce((a, b), AXIS, _add_both)
+
+
+@triton.jit
+def sums_of_row(total, squares):
+    """[ROWS, BN] of tensors [ROWS, BN, NG, 4] and [ROWS, 1, NG, 4]."""
+    total, squares = sum_both(total, tl.broadcast_to(squares, total.shape), 3)
+    return sum_both(total, squares, 2)
+
+
+@triton.jit
 def _router_kernel(
-    h, norm, eps, router, gate, logits, x_words, x_scales, M, E, K: tl.constexpr,
+    h, norm, eps, router, gate, logits, keys, x_words, x_scales, roots, M, E, K: tl.constexpr, EP: tl.constexpr,
     BN: tl.constexpr, NG: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Logits [M, E + 1], the shared gate's last. The last program of a row has that one and quantizes the row."""
+    """Logits [M, E + 1], the shared gate's last, and their keys [M, EP].
+
+    The last program of a row has the gate, quantizes the row times ``norm`` and stores its 1 / root mean square.
+    """
     trigger(PDL)
     KG: tl.constexpr = K // 32
     j = tl.arange(0, 4)[None, None, None, :]
@@ -128,46 +163,69 @@ def _router_kernel(
         wait(PDL)
         v0, v1, v2, v3 = load_floats(h + row * K + column, inside)
         v4, v5, v6, v7 = load_floats(h + row * K + column + 16, inside)
-        squares = (v0 * v0 + v1 * v1 + v2 * v2 + v3 * v3) + (v4 * v4 + v5 * v5 + v6 * v6 + v7 * v7)
-        total = (v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3) + (v4 * w4 + v5 * w5 + v6 * w6 + v7 * w7)
-        root = tl.rsqrt(tl.sum(tl.sum(squares, 3), 2) / K + eps)
-        flat_n = tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
-        y = tl.sum(tl.sum(total, 3), 2) * root
-        tl.store(logits + flat * (E + 1) + flat_n, y, mask=(flat < M) & (flat_n < E))
+        y, mean = sums_of_row(
+            (v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3) + (v4 * w4 + v5 * w5 + v6 * w6 + v7 * w7),
+            (v0 * v0 + v1 * v1 + v2 * v2 + v3 * v3) + (v4 * v4 + v5 * v5 + v6 * v6 + v7 * v7),
+        )
+        y *= tl.rsqrt(mean / K + eps)
+        expert = tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
+        store = (flat < M) & (expert < E)
+        tl.store(logits + flat * (E + 1) + expert, y, mask=store)
+        tl.store(keys + flat * EP + expert, sort_key(y, expert, EP), mask=store)
     else:
+        zero = tl.zeros((1, 1, NG, 4), tl.float32)
+        u0, u1, u2, u3 = zero, zero, zero, zero
+        u4, u5, u6, u7 = zero, zero, zero, zero
         if GATED:
             u0, u1, u2, u3 = load_floats(gate + column, g < KG)
             u4, u5, u6, u7 = load_floats(gate + column + 16, g < KG)
-        wait(PDL)
+        rest = tl.arange(0, EP)[None, :]
+        wait(PDL)  # before any store: this memory may have been another tensor's, which a kernel still reads
+        tl.store(keys + flat * EP + rest, tl.full((ROWS, EP), -2147483648, tl.int32), mask=(flat < M) & (rest >= E))
         v0, v1, v2, v3 = load_floats(h + row * K + column, inside)
         v4, v5, v6, v7 = load_floats(h + row * K + column + 16, inside)
         squares = (v0 * v0 + v1 * v1 + v2 * v2 + v3 * v3) + (v4 * v4 + v5 * v5 + v6 * v6 + v7 * v7)
         v0, v1, v2, v3 = v0 * p0, v1 * p1, v2 * p2, v3 * p3
         v4, v5, v6, v7 = v4 * p4, v5 * p5, v6 * p6, v7 * p7
-        root = tl.rsqrt(tl.sum(tl.sum(squares, 3), 2) / K + eps)
         low = tl.maximum(tl.maximum(tl.abs(v0), tl.abs(v1)), tl.maximum(tl.abs(v2), tl.abs(v3)))
         upp = tl.maximum(tl.maximum(tl.abs(v4), tl.abs(v5)), tl.maximum(tl.abs(v6), tl.abs(v7)))
+        low = tl.max(low, 3)[:, :, :, None] + zero
+        upp = tl.max(upp, 3)[:, :, :, None] + zero
         at = row * (KG * 8) + g * 8 + j
-        factor = root[:, :, None, None] * (1.0 / 127.0)
         tl.store(x_words + at, quantize_quad(v0, v1, v2, v3, 127.0 / tl.maximum(low, 1e-30)), mask=inside)
         tl.store(x_words + at + 4, quantize_quad(v4, v5, v6, v7, 127.0 / tl.maximum(upp, 1e-30)), mask=inside)
-        tl.store(x_scales + at, low * factor, mask=inside)
-        tl.store(x_scales + at + 4, upp * factor, mask=inside)
-        if GATED:
-            gated = (v0 * u0 + v1 * u1 + v2 * u2 + v3 * u3) + (v4 * u4 + v5 * u5 + v6 * u6 + v7 * u7)
-            tl.store(logits + flat * (E + 1) + E, tl.sum(tl.sum(gated, 3), 2) * root, mask=flat < M)
+        tl.store(x_scales + row * (KG * 2) + g * 2, low * (1.0 / 127.0), mask=inside & (j == 0))
+        tl.store(x_scales + row * (KG * 2) + g * 2 + 1, upp * (1.0 / 127.0), mask=inside & (j == 0))
+        of_gate, of_row = sums_of_row(
+            (v0 * u0 + v1 * u1 + v2 * u2 + v3 * u3) + (v4 * u4 + v5 * u5 + v6 * u6 + v7 * u7), squares
+        )
+        of_row = tl.rsqrt(of_row / K + eps)
+        one = tl.zeros((1, 1), tl.int32)
+        tl.store(roots + flat + one, of_row, mask=flat < M)
+        tl.store(logits + flat * (E + 1) + E + one, of_gate * of_row, mask=flat < M)
+
+
+@triton.jit
+def _key_kernel(logits, keys, E, EP: tl.constexpr, PDL: tl.constexpr):
+    """The keys [M, EP] of logits [M, E + 1] that were computed elsewhere."""
+    trigger(PDL)
+    wait(PDL)
+    token = tl.program_id(0)
+    e = tl.arange(0, EP)
+    y = tl.load(logits + token * (E + 1) + e, mask=e < E, other=0.0)
+    tl.store(keys + token * EP + e, tl.where(e < E, sort_key(y, e, EP), -2147483648))
 
 
 @triton.jit
 def _choose_kernel(
-    logits, ids, weights, E, EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr,
+    keys, logits, ids, weights, E, EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr,
     GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Experts int32 and weights float32 [M, TOP_K + SHARED] of logits [M, E + 1]. One warp a token."""
+    """Experts int32 and weights float32 [M, TOP_K + SHARED] of keys [M, EP] and logits [M, E + 1]. One warp a token."""
     trigger(PDL)
     wait(PDL)
     token = tl.program_id(0)
-    experts, found = choose_all(logits + token * (E + 1), E, EP, TOP_K, NORMALIZE, SHARED, GATED, 1)
+    experts, found = choose_all(keys + token * EP, logits + token * (E + 1), E, EP, TOP_K, NORMALIZE, SHARED, GATED, 1)
     for i in tl.static_range(TOP_K + SHARED):
         tl.store(ids + token * (TOP_K + SHARED) + i, experts[i])
         tl.store(weights + token * (TOP_K + SHARED) + i, found[i])
@@ -175,22 +233,28 @@ def _choose_kernel(
 
 @triton.jit
 def _sort_kernel(
-    ids, order, blocks, M, E, NUM_BLOCKS, EP: tl.constexpr, TOP_K: tl.constexpr, PICKS: tl.constexpr,
-    TOKENS: tl.constexpr, MAX_BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    ids, order, next_place, blocks, M, E, NUM_BLOCKS, EP: tl.constexpr, TOP_K: tl.constexpr, PICKS: tl.constexpr,
+    PADDED: tl.constexpr, TOKENS: tl.constexpr, MAX_BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Lists of the routed picks by expert, in one program: a thread has an expert and looks at all picks.
+    """Lists of the routed picks by expert, in one program.
 
-    ids: [M, PICKS]. order [M * TOP_K]: rows of ids (token * PICKS + number), sorted by expert. blocks [NUM_BLOCKS, 4]:
-    expert, first and stop in order, of at most TOKENS picks; first = stop = 0 in those that are not in use.
+    ids: [M, PICKS]. order [M * TOP_K]: rows of ids (token * PICKS + number) by expert; those of one expert in any
+    order, which no result depends on. blocks [NUM_BLOCKS, 4]: expert, first and stop in order, of at most TOKENS
+    picks; first = stop = 0 in those that are not in use. next_place: [EP], scratch.
     """
     trigger(PDL)
     wait(PDL)
     e = tl.arange(0, EP)
-    count = tl.zeros((EP,), tl.int32)
-    for token in range(M):
-        for i in tl.static_range(TOP_K):
-            count += (tl.load(ids + token * PICKS + i) == e).to(tl.int32)
+    pick = tl.arange(0, PADDED)
+    row = pick // TOP_K * PICKS + pick % TOP_K
+    inside = pick < M * TOP_K
+    chosen = tl.load(ids + row, mask=inside, other=0)
+    count = tl.histogram(chosen, EP, mask=inside)
     start = tl.cumsum(count, 0) - count
+    tl.store(next_place + e, start)
+    tl.debug_barrier()
+    place = tl.atomic_add(next_place + chosen, 1, mask=inside, sem="relaxed")
+    tl.store(order + place, row, mask=inside)
     number = (count + TOKENS - 1) // TOKENS
     at = tl.cumsum(number, 0) - number
     for part in range(MAX_BLOCKS):
@@ -204,8 +268,3 @@ def _sort_kernel(
         unused = (base + e >= total) & (base + e < NUM_BLOCKS)
         tl.store(blocks + (base + e) * 4 + 1, 0, mask=unused)
         tl.store(blocks + (base + e) * 4 + 2, 0, mask=unused)
-    for token in range(M):
-        for i in tl.static_range(TOP_K):
-            mine = tl.load(ids + token * PICKS + i) == e
-            tl.store(order + start, token * PICKS + i, mask=mine)
-            start += mine.to(tl.int32)
