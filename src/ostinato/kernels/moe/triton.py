@@ -140,7 +140,8 @@ def moe_block(
     blocks = torch.empty((num_blocks, 4), dtype=torch.int32, device=device)
     _sort_kernel[(1,)](
         ids, order, torch.empty_like(keys[0]), blocks, tokens, num_experts, num_blocks,
-        padded, top_k, picks, triton.next_power_of_2(routed), t.tokens, triton.cdiv(tokens, t.tokens), num_warps=max(1, min(8, padded // 32)), **options,
+        padded, top_k, picks, triton.next_power_of_2(routed), t.tokens, triton.cdiv(tokens, t.tokens),
+        num_warps=max(1, min(8, padded // 32)), **options,
     )  # fmt: skip
     _gate_up_list_kernel[(width // t.gate_rows, num_shared + num_blocks)](
         *x, order, blocks, *gate_planes, *act, tokens, num_experts, num_shared, hidden, width, *gate_constants,
