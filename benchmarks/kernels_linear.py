@@ -158,10 +158,6 @@ def candidates(p: Product) -> Iterator[Tiles]:
                 and (n < 40000 or rows * repeats >= 16)
             ):
                 yield Tiles("resident", rows, groups, tokens, warps, repeats)
-        for rows, warps in itertools.product((4, 8, 16, 32, 64), (1, 2, 4, 8)) if p.m == 1 else ():
-            width = max(1, warps * 32 // groups)
-            if rows % width == 0 and 2 <= rows * groups / (32 * warps) <= 32 and groups <= 128:
-                yield Tiles("normed", rows, groups, 1, warps)
         for deep, wide, warps in itertools.product((1, 2, 4, 8), (16, 32, 64, 128), (1, 2, 4)):
             rows = deep * max(1, warps * 32 // wide)
             words = rows * wide * 4 / (32 * warps)

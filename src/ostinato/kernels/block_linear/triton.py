@@ -9,7 +9,7 @@ import triton
 
 from ostinato.kernels.block_linear.batch.triton import _mma_kernel
 from ostinato.kernels.block_linear.matmul.triton import _dequantize_kernel, _finish_kernel, _tile_kernel
-from ostinato.kernels.block_linear.matvec.triton import _normed_kernel, _resident_kernel, _streamed_kernel
+from ostinato.kernels.block_linear.matvec.triton import _resident_kernel, _streamed_kernel
 from ostinato.kernels.block_linear.ref import with_heads
 from ostinato.kernels.launch import gpu_name, launch_options, num_multiprocessors
 from ostinato.kernels.rms_norm.triton import rms_norm, rms_norm_quantize
@@ -47,7 +47,7 @@ def block_linear(
         tiles = choose(kind, n, k, tokens, gated is not None, x.device)
     constants = kind_constants(KINDS[kind])
     options = launch_options(x.device)
-    if tiles.path in ("resident", "normed", "streamed", "mma"):
+    if tiles.path in ("resident", "streamed", "mma"):
         planes = pairs(words, d, high, m, sub_d, sub_m, KINDS[kind])
         after = (bias if bias is not None else d, residual if residual is not None else out, out, tokens, n, k)
         flags = (bias is not None, residual is not None, gated)
@@ -62,17 +62,6 @@ def block_linear(
             )  # fmt: skip
             return out
         x = with_heads(x, squares, eps)
-        if tiles.path == "normed":
-            assert tokens == 1, f"{tiles} is for one row"
-            assert tiles.groups * 32 >= k, f"{tiles} leaves columns out"
-            if x.data_ptr() % 16:  # the kernel loads four elements at a time
-                x = x.clone(memory_format=torch.contiguous_format)
-            width = max(1, tiles.warps * 32 // tiles.groups)
-            _normed_kernel[(triton.cdiv(n, tiles.rows),)](
-                x, norm if norm is not None else d, eps, *planes, *after[:3], n, k, *constants,
-                tiles.rows // width, width, tiles.groups, norm is not None, *flags, num_warps=tiles.warps, **options,
-            )  # fmt: skip
-            return out
         quantized, scales = rms_norm_quantize(x, norm, eps)
         quantized, scales = quantized.view(torch.int32), scales.view(torch.int32)
         grid = (triton.cdiv(n, tiles.rows), triton.cdiv(tokens, tiles.tokens))

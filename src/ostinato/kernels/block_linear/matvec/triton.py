@@ -9,9 +9,6 @@ and the warps share the columns, so that x is read and quantized once a program,
 
 ``_streamed_kernel``: for longer x, which was quantized before. Tensors are [ROWS, R, W, NG]: a thread holds whole
 groups, 16 bytes of W a load; NG · W is the number of threads, and a program's rows of W are R · W.
-
-``_normed_kernel``: the same layout for one row of x, with all of its groups at once: the program norms and quantizes x
-itself, once its weights are under way, so that no kernel stands between whoever made x and the product.
 """
 
 from __future__ import annotations
@@ -368,99 +365,3 @@ def _streamed_kernel(
     if RESIDUAL:
         y += added
     tl.store(out + where, y.to(out.dtype.element_ty), mask=store)
-
-
-@triton.jit
-def _normed_kernel(
-    x, norm, eps, words, high, d, m, sub_d, sub_m, bias, residual, out, N, K: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, NG: tl.constexpr, NORM: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    trigger(PDL)
-    KG: tl.constexpr = K // 32
-    SUB: tl.constexpr = GROUP != SUPER
-    MIN: tl.constexpr = MIN_SIGN != 0
-    start = tl.program_id(0) * (R * W)
-    rows = tl.minimum(start + tl.arange(0, R)[None, :, None, None] * W + tl.arange(0, W)[None, None, :, None], N - 1)
-    n = start + tl.arange(0, R)[None, :, None] * W + tl.arange(0, W)[None, None, :]
-    g = tl.arange(0, NG)[None, None, None, :]
-    group = tl.arange(0, W)[None, None, :, None] * 0 + g
-    tile = load_tile(words, high, d, m, sub_d, sub_m, rows, g, KG, BITS, SUPER, MIN, SUB)
-    twin = tile
-    if GATE is not None:
-        twin = load_tile(words, high, d, m, sub_d, sub_m, rows + N, g, KG, BITS, SUPER, MIN, SUB)
-    wait(PDL)
-    inside = group < KG
-    at = group * 32
-    a0, a1, a2, a3 = load_floats(x + at, inside)
-    b0, b1, b2, b3 = load_floats(x + at + 4, inside)
-    c0, c1, c2, c3 = load_floats(x + at + 8, inside)
-    d0, d1, d2, d3 = load_floats(x + at + 12, inside)
-    e0, e1, e2, e3 = load_floats(x + at + 16, inside)
-    f0, f1, f2, f3 = load_floats(x + at + 20, inside)
-    h0, h1, h2, h3 = load_floats(x + at + 24, inside)
-    i0, i1, i2, i3 = load_floats(x + at + 28, inside)
-    root = 1.0
-    if NORM:
-        # As in the resident kernel, the root mean square is applied at the end.
-        squares = sum_of_squares(a0, a1, a2, a3) + sum_of_squares(b0, b1, b2, b3)
-        squares += sum_of_squares(c0, c1, c2, c3) + sum_of_squares(d0, d1, d2, d3)
-        squares += sum_of_squares(e0, e1, e2, e3) + sum_of_squares(f0, f1, f2, f3)
-        squares += sum_of_squares(h0, h1, h2, h3) + sum_of_squares(i0, i1, i2, i3)
-        a0, a1, a2, a3 = times(a0, a1, a2, a3, norm + at, inside)
-        b0, b1, b2, b3 = times(b0, b1, b2, b3, norm + at + 4, inside)
-        c0, c1, c2, c3 = times(c0, c1, c2, c3, norm + at + 8, inside)
-        d0, d1, d2, d3 = times(d0, d1, d2, d3, norm + at + 12, inside)
-        e0, e1, e2, e3 = times(e0, e1, e2, e3, norm + at + 16, inside)
-        f0, f1, f2, f3 = times(f0, f1, f2, f3, norm + at + 20, inside)
-        h0, h1, h2, h3 = times(h0, h1, h2, h3, norm + at + 24, inside)
-        i0, i1, i2, i3 = times(i0, i1, i2, i3, norm + at + 28, inside)
-        # Every value of W holds the whole row, so the sum over all threads counts it W times.
-        root = tl.rsqrt(tl.sum(tl.sum(squares, 3), 2) / (W * K) + eps)
-    most = tl.maximum(tl.maximum(largest(a0, a1, a2, a3), largest(b0, b1, b2, b3)),
-                      tl.maximum(largest(c0, c1, c2, c3), largest(d0, d1, d2, d3)))  # fmt: skip
-    more = tl.maximum(tl.maximum(largest(e0, e1, e2, e3), largest(f0, f1, f2, f3)),
-                      tl.maximum(largest(h0, h1, h2, h3), largest(i0, i1, i2, i3)))  # fmt: skip
-    most = tl.maximum(most, more)
-    inverse = 127.0 / tl.maximum(most, 1e-30)
-    quantized = with_sums(
-        quantize_quad(a0, a1, a2, a3, inverse), quantize_quad(b0, b1, b2, b3, inverse),
-        quantize_quad(c0, c1, c2, c3, inverse), quantize_quad(d0, d1, d2, d3, inverse),
-        quantize_quad(e0, e1, e2, e3, inverse), quantize_quad(f0, f1, f2, f3, inverse),
-        quantize_quad(h0, h1, h2, h3, inverse), quantize_quad(i0, i1, i2, i3, inverse),
-        most * (1.0 / 127.0), GROUP, MIN or OFFSET != 0,
-    )  # fmt: skip
-    y = tl.sum(products(tile, quantized, BITS, GROUP, OFFSET, MIN_SIGN, SUB), 3)
-    if NORM:
-        y *= root[:, None]
-    store = n < N
-    if BIAS:
-        y += tl.load(bias + n, mask=store, other=0.0).to(tl.float32)
-    if GATE is not None:
-        z = tl.sum(products(twin, quantized, BITS, GROUP, OFFSET, MIN_SIGN, SUB), 3)
-        if NORM:
-            z *= root[:, None]
-        if BIAS:
-            z += tl.load(bias + N + n, mask=store, other=0.0).to(tl.float32)
-        y = gate_times_up(y, z, GATE)
-    if RESIDUAL:
-        y += tl.load(residual + n, mask=store, other=0.0)
-    tl.store(out + n, y.to(out.dtype.element_ty), mask=store)
-
-
-@triton.jit
-def sum_of_squares(a, b, c, d):
-    return a * a + b * b + c * c + d * d
-
-
-@triton.jit
-def largest(a, b, c, d):
-    return tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
-
-
-@triton.jit
-def times(a, b, c, d, pointer, inside):
-    """Four values times the four at ``pointer``."""
-    p, q, r, s = load_floats(pointer, inside)
-    return a * p, b * q, c * r, d * s
