@@ -227,6 +227,12 @@ def test_refuses_scales_that_do_not_fit() -> None:
             prefill_attention(**change)
 
 
+def test_refuses_odd_heads_in_fp8() -> None:
+    given, scales = fp8(cached(CPU, [4], 1, 1, 5))
+    with pytest.raises(KernelError, match="heads of an even size"):
+        decode_attention(**given, scale=1.0, **scales)
+
+
 def test_refuses_a_row_or_a_gate_of_another_width() -> None:
     given = inputs(CPU, 2, 6, 2, 16, 16, gated=True)
     with pytest.raises(KernelError, match=r"takes qkv \[M, 160\]"):

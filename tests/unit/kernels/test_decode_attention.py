@@ -121,13 +121,25 @@ def test_half_precision_is_as_good_as_its_rounding(device: torch.device) -> None
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=2**-7)
 
 
-def test_every_size_has_a_tiling() -> None:
+@pytest.mark.parametrize("element_size", [1, 2, 4])
+def test_every_size_has_a_tiling(element_size: int) -> None:
     for batch in (1, 2, 64):
-        for dim in (16, 64, 96, 128, 256):
+        for dim in (16, 64, 96, 128, 256, 512):
             for length in (1, 64, 4096, 131072):
-                tiling = choose_tiling(batch, 4, dim, length, 132)
+                tiling = choose_tiling(batch, 4, dim, length, 132, element_size)
                 assert 1 <= tiling.splits <= 128
                 assert tiling.block >= 16
+                # Keys and values of the tiles in flight; what else a kernel keeps fits into the rest of 227 KiB.
+                assert 2 * max(1, tiling.stages - 1) * tiling.block * dim * element_size <= 131072
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 33, 66])
+def test_long_caches_of_wide_heads_fill_the_gpu_in_one_round(batch: int, fp8: bool) -> None:
+    """At 128K, more than three quarters of the programs that can run at once, and none more."""
+    at_once = 132 * (2 if fp8 else 1)
+    programs = 2 * batch * choose_tiling(batch, 2, 256, 131072, 132, 1 if fp8 else 2).splits
+    assert 0.75 * at_once < programs <= at_once
 
 
 @pytest.mark.parametrize(

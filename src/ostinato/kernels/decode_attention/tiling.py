@@ -7,25 +7,45 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tiling:
-    """How decode attention is cut: positions per tile (at least 16), splits, warps, stages of the loop over tiles."""
+    """How decode attention is cut: positions per tile (at least 16), splits, warps, stages of the loop over tiles.
+
+    columns: of a head that one program of the second kernel joins.
+    """
 
     block: int
     splits: int
     warps: int
     stages: int
+    columns: int = 64
 
 
-def choose_tiling(batch: int, num_kv_heads: int, dim: int, max_length: int, multiprocessors: int) -> Tiling:
-    """Tiling for a cache of up to ``max_length`` positions per slot; see docs/performance/kernels_attention.md.
+def choose_tiling(
+    batch: int, num_kv_heads: int, dim: int, max_length: int, multiprocessors: int, element_size: int = 2
+) -> Tiling:
+    """Tiling for a cache of up to ``max_length`` positions per slot, ``element_size`` bytes a number; see docs/performance/kernels_attention.md.
 
-    Short caches get one tile per program, since there latency is all; long ones a few programs per multiprocessor,
-    whose loops keep loads in flight.
+    Short caches get one tile per program, since there latency is all; long ones as many programs as run at once, whose
+    loops keep loads in flight.
     """
     programs = batch * num_kv_heads
-    padded = 1 << (dim - 1).bit_length()
+    if dim > 128:
+        return _wide(programs, dim, max_length, multiprocessors, element_size)
     tiles = -(-max_length // 64)
     if tiles <= 128 and programs * tiles <= 8 * multiprocessors:
         return Tiling(64, tiles, 4, 1)
-    block = 128 if padded <= 128 else 64
-    wanted = -(-(6 if padded <= 64 else 2) * multiprocessors // programs)
-    return Tiling(block, max(1, min(-(-max_length // block), wanted, 128)), 4, 2)
+    wanted = -(-(6 if dim <= 64 else 2) * multiprocessors // programs)
+    return Tiling(128, max(1, min(-(-max_length // 128), wanted, 128)), 4, 2)
+
+
+def _wide(programs: int, dim: int, max_length: int, multiprocessors: int, element_size: int) -> Tiling:
+    """For heads above 128: two tiles of 32 KiB of K and of V fill a multiprocessor, so one program runs there.
+
+    FP8 leaves room for two, and needs their warps to unpack it. One program more than fit would cost a second round.
+    """
+    fp8 = element_size == 1
+    block = max(16, min(64, (32 << 10) // (element_size << (dim - 1).bit_length())))
+    tiles = -(-max_length // block)
+    if tiles <= 128 and programs * tiles <= 2 * multiprocessors:
+        return Tiling(block, tiles, 4, 1)
+    splits = max(1, min(tiles, (2 if fp8 else 1) * multiprocessors // programs, 128))
+    return Tiling(block, splits, 4, 2 if fp8 and splits == 128 else 3)

@@ -12,14 +12,14 @@ import triton.language as tl
 
 from ostinato.kernels.decode_attention.tiling import Tiling, choose_tiling
 from ostinato.kernels.launch import launch_options, num_multiprocessors
-from ostinato.kernels.rope.triton import from_fp8, operand_kind, quantize_fp8, raw_cache, rotation
+from ostinato.kernels.rope.triton import from_fp8, from_fp8_pairs, operand_kind, quantize_fp8, raw_cache, rotation
 from ostinato.kernels.triton import trigger, wait
 
 __all__ = ["Tiling", "choose_tiling", "decode_attention", "fused_decode_attention"]
 
 LOG2_E = 1.4426950408889634
 _NO_SCORE = tl.constexpr(-1e30)  # finite, so that a tile without any position leaves no NaN
-_JOINED = 4096  # numbers that one program of the second kernel joins at a time, in at most 64 columns
+_CHUNK = 64  # partial results that the second kernel joins at a time
 
 
 @triton.jit
@@ -62,14 +62,25 @@ def _capped(scores, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _head_rows(source, norm, eps, d, partner, cosine, sine, inside, D: tl.constexpr, NORM: tl.constexpr):
-    """Heads at ``source`` [H, 1] after norm and rotation, float32 [H, DP]; d, partner, cosine, sine [1, DP]."""
+def _norm_weights(norm, d, partner, D: tl.constexpr, NORM: tl.constexpr):
+    """The norm's weights of elements d and of their partners, [1, DP] each; ones where there is no norm."""
+    if NORM:
+        return tl.load(norm + d, mask=d < D, other=0.0), tl.load(norm + partner, mask=d < D, other=0.0)
+    else:
+        return tl.full(d.shape, 1.0, tl.float32), tl.full(d.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _head_rows(
+    source, own_weight, partner_weight, eps, d, partner, cosine, sine, inside, D: tl.constexpr, NORM: tl.constexpr
+):
+    """Heads at ``source`` [H, 1] after norm and rotation, float32 [H, DP]; the rest of the tensors [1, DP]."""
     x = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        x *= inverse * tl.load(norm + d, mask=d < D, other=0.0)
-        y *= inverse * tl.load(norm + partner, mask=d < D, other=0.0)
+        x *= inverse * own_weight
+        y *= inverse * partner_weight
     return x * cosine + y * sine
 
 
@@ -81,10 +92,14 @@ def _raised(unit, v_scales):
 
 @triton.jit
 def _attend(
-    operand, k, v, k_scales, v_scales, keep, largest, total, acc, unit, scale, softcap, SOFTCAP: tl.constexpr,
+    operand, k, v, k_scales, v_scales, keep, largest, total, acc, acc_odd, unit, scale, softcap, SOFTCAP: tl.constexpr,
     FP8: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One tile: operand [GP, DP] against k and v [BLOCK, DP], of which ``keep`` [BLOCK] are there; acc counts units."""
+    """One tile: operand [GP, DP] against k and v [BLOCK, DP], of which ``keep`` [BLOCK] are there; acc counts units.
+
+    FP8: v is int16 [BLOCK, DP / 2], two neighbours in each, since shared memory hands the matrix units 16-bit numbers
+    in the order that they need, but bytes one by one only. The odd columns have an accumulator of their own.
+    """
     scores = tl.dot(operand, tl.trans(from_fp8(k, KIND) if FP8 else k), input_precision="ieee") * scale
     if FP8:
         scores *= k_scales[None, :]
@@ -98,18 +113,20 @@ def _attend(
         old *= unit / raised
         p *= (v_scales / raised)[None, :]
         unit = raised
-        v = from_fp8(v, KIND)
-    acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
-    return new, total, acc, unit
+        v, odd = from_fp8_pairs(v, KIND)
+        acc_odd = tl.dot(p.to(KIND), odd, acc_odd * old[:, None], input_precision="ieee")
+    acc = tl.dot(p.to(KIND), v, acc * old[:, None], input_precision="ieee")
+    return new, total, acc, acc_odd, unit
 
 
 @triton.jit
-def _gated(out, gate, at, mask, GATED: tl.constexpr):
-    """out, times the sigmoid of ``gate`` at the places ``at`` if there is one."""
+def _sigmoid(gate, at, mask, GATED: tl.constexpr):
+    """The sigmoid of what ``gate`` holds at the places ``at``; 1 where there is no gate."""
     if GATED:
         z = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
-        out *= tl.sigmoid(tl.maximum(z, -80.0))  # below that exp(-z) overflows
-    return out
+        return tl.sigmoid(tl.maximum(z, -80.0))  # below that exp(-z) overflows
+    else:
+        return 1.0
 
 
 @triton.jit
@@ -168,6 +185,9 @@ def _decode_kernel(
         return
     g = tl.arange(0, GS)[:, None]
     d = tl.arange(0, DP)[None, :]
+    # What v is loaded as: FP8 in pairs of neighbours, for _attend.
+    d_v = tl.arange(0, DP // 2)[None, :] if FP8 else d
+    D_V: tl.constexpr = D // 2 if FP8 else D
     j = tl.arange(0, BLOCK)
     n = (first + split) * BLOCK + j
     begin = (first + split) * BLOCK
@@ -175,10 +195,9 @@ def _decode_kernel(
     places = _tile_rows(pages, head, begin, HKV, PAGE, BLOCK)
     # A page number is read one tile ahead, so that the pipeline of the loop holds keys and values alone.
     pages = _tile_pages(row_pages, begin + SPLITS * BLOCK, stop, PAGE, BLOCK)
-    rows = places[:, None] * D + d
     keep = (n >= start) & (n < stop)
-    k = tl.load(k_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
-    v = tl.load(v_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
+    k = tl.load(k_cache + places[:, None] * D + d, mask=keep[:, None] & (d < D), other=0.0)
+    v = tl.load(v_cache + places[:, None] * D_V + d_v, mask=keep[:, None] & (d_v < D_V), other=0.0)
     if FP8:
         k_scales = tl.load(k_scale + places, mask=keep, other=0.0)
         v_scales = tl.load(v_scale + places, mask=keep, other=0.0)
@@ -187,13 +206,17 @@ def _decode_kernel(
         v_scales = k_scales
     if FUSED:
         partner, cosine, sine = rotation(position, inv_freq, rope_scale, d, R)
+        q_weight, q_partner = _norm_weights(q_norm, d, partner, D, Q_NORM)
+        k_weight, k_partner = _norm_weights(k_norm, d, partner, D, K_NORM)
     if PREFETCH:
         wait(PDL)
 
     inside = (g < G) & (d < D)
     if FUSED:
         heads = q + b.to(tl.int64) * ((G * (1 + GATED) + 2) * HKV * D)
-        queries = _head_rows(heads + (head * G + g) * D, q_norm, eps, d, partner, cosine, sine, inside, D, Q_NORM)
+        queries = _head_rows(
+            heads + (head * G + g) * D, q_weight, q_partner, eps, d, partner, cosine, sine, inside, D, Q_NORM
+        )
     else:
         queries = tl.load(q + ((b.to(tl.int64) * HKV + head) * G + g) * D + d, mask=inside, other=0.0)
     rounded = queries.to(KIND)
@@ -201,12 +224,13 @@ def _decode_kernel(
 
     largest = tl.full((GP,), _NO_SCORE, tl.float32)
     total = tl.zeros((GP,), tl.float32)
-    acc = tl.zeros((GP, DP), tl.float32)
+    acc = tl.zeros((GP, DP // 2 if FP8 else DP), tl.float32)
+    acc_odd = tl.zeros((GP, DP // 2), tl.float32) if FP8 else acc  # a second accumulator for FP8 alone
     unit = tl.full((), 1e-30 if FP8 else 1.0, tl.float32)
     if FUSED:  # noqa: SIM102 (the outer branch is taken by the compiler, the inner one by the program)
         if split == 0:
             key = heads + (G * HKV + head) * D + tl.zeros((1, 1), tl.int32)
-            new_k = _head_rows(key, k_norm, eps, d, partner, cosine, sine, d < D, D, K_NORM)
+            new_k = _head_rows(key, k_weight, k_partner, eps, d, partner, cosine, sine, d < D, D, K_NORM)
             new_v = tl.load(key + HKV * D + d, mask=d < D, other=0.0)
             page = tl.load(row_pages + position // PAGE).to(tl.int64)
             place = (page * HKV + head) * PAGE + position % PAGE
@@ -217,47 +241,55 @@ def _decode_kernel(
                 tl.store(v_scale + place + tl.arange(0, 1), new_v_scale)
                 unit = _raised(unit, new_v_scale)
                 read_k = from_fp8(stored_k, tl.float32) * new_k_scale[:, None]
-                read_v = from_fp8(stored_v, tl.float32) * (new_v_scale / unit)[:, None]
             else:
                 stored_k = new_k.to(KIND)
                 stored_v = new_v.to(KIND)
                 read_k = stored_k.to(tl.float32)
-                read_v = stored_v.to(tl.float32)
             tl.store(k_cache + place * D + d, stored_k, mask=d < D)
-            tl.store(v_cache + place * D + d, stored_v, mask=d < D)
+            if FP8:
+                even_v, odd_v = tl.split(tl.reshape(stored_v, (1, DP // 2, 2)))
+                pair = even_v.to(tl.int16) | (odd_v.to(tl.int16) << 8)
+                tl.store(v_cache + place * D_V + d_v, pair, mask=d_v < D_V)
+            else:
+                tl.store(v_cache + place * D + d, stored_v, mask=d < D)
             score = _capped(tl.sum(rounded.to(tl.float32) * read_k, 1) * scale, softcap, SOFTCAP)
             largest = tl.reshape(tl.broadcast_to(score[None, :], (GP // GS, GS)), (GP,))
             total = tl.full((GP,), 1.0, tl.float32)
-            acc += read_v
+            if FP8:
+                acc += from_fp8(even_v, tl.float32) * (new_v_scale / unit)[:, None]
+                acc_odd += from_fp8(odd_v, tl.float32) * (new_v_scale / unit)[:, None]
+            else:
+                acc += stored_v.to(tl.float32)
 
     if tiles > 0:
-        largest, total, acc, unit = _attend(
-            operand, k, v, k_scales, v_scales, keep, largest, total, acc, unit, scale, softcap, SOFTCAP,
+        largest, total, acc, acc_odd, unit = _attend(
+            operand, k, v, k_scales, v_scales, keep, largest, total, acc, acc_odd, unit, scale, softcap, SOFTCAP,
             FP8, KIND,
         )  # fmt: skip
     for t in range(split + SPLITS, tiles, SPLITS):
         n = (first + t) * BLOCK + j
         places = _tile_rows(pages, head, (first + t) * BLOCK, HKV, PAGE, BLOCK)
         pages = _tile_pages(row_pages, (first + t + SPLITS) * BLOCK, stop, PAGE, BLOCK)
-        rows = places[:, None] * D + d
         keep = n < stop
-        k = tl.load(k_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
-        v = tl.load(v_cache + rows, mask=keep[:, None] & (d < D), other=0.0)
+        k = tl.load(k_cache + places[:, None] * D + d, mask=keep[:, None] & (d < D), other=0.0)
+        v = tl.load(v_cache + places[:, None] * D_V + d_v, mask=keep[:, None] & (d_v < D_V), other=0.0)
         if FP8:
             k_scales = tl.load(k_scale + places, mask=keep, other=0.0)
             v_scales = tl.load(v_scale + places, mask=keep, other=0.0)
-        largest, total, acc, unit = _attend(
-            operand, k, v, k_scales, v_scales, keep, largest, total, acc, unit, scale, softcap, SOFTCAP, FP8, KIND
-        )
+        largest, total, acc, acc_odd, unit = _attend(
+            operand, k, v, k_scales, v_scales, keep, largest, total, acc, acc_odd, unit, scale, softcap, SOFTCAP,
+            FP8, KIND,
+        )  # fmt: skip
 
     r = tl.arange(0, GP)
     row = (b.to(tl.int64) * HKV + head) * G + r
     mine = (r < G)[:, None] & (d < D)
-    acc *= unit
+    if FP8:
+        acc = tl.reshape(tl.join(acc, acc_odd), (GP, DP)) * unit
     if active == 1:
         gate = q + (b.to(tl.int64) + 1) * ((G * (1 + GATED) + 2) * HKV * D) - G * HKV * D
-        result = _gated(acc / total[:, None], gate, (head * G + r[:, None]) * D + d, mine, GATED)
-        tl.store(out + row[:, None] * D + d, result, mask=mine)
+        factor = _sigmoid(gate, (head * G + r[:, None]) * D + d, mine, GATED)
+        tl.store(out + row[:, None] * D + d, acc / total[:, None] * factor, mask=mine)
     else:
         tl.store(partial + (row * SPLITS + split)[:, None] * DP + d, acc, mask=mine)
         tl.store(stats + row * (2 * SPLITS) + split, largest, mask=r < G)
@@ -298,6 +330,9 @@ def _join_kernel(
     if PREFETCH:
         wait(PDL)
     if active > 1:
+        gate = _sigmoid(
+            q + (tl.program_id(2).to(tl.int64) + 1) * WIDTH - HQ * D, tl.program_id(1) * D + d, d < D, GATED
+        )
         base = row.to(tl.int64) * SPLITS
         largest = tl.full((), _NO_SCORE, tl.float32)
         total = tl.zeros((), tl.float32)
@@ -315,9 +350,7 @@ def _join_kernel(
             total = total * old + tl.sum(l * weight, 0)
             acc = acc * old + tl.sum(part * weight[:, None], 0)
             largest = new
-        gate = q + (tl.program_id(2).to(tl.int64) + 1) * WIDTH - HQ * D
-        result = _gated(acc / total, gate, tl.program_id(1) * D + d, d < D, GATED)
-        tl.store(out + row.to(tl.int64) * D + d, result, mask=d < D)
+        tl.store(out + row.to(tl.int64) * D + d, acc / total * gate, mask=d < D)
 
 
 def _launch(
@@ -350,7 +383,7 @@ def _launch(
     if window:
         length = min(length, window + 64)
     if tiling is None:
-        tiling = choose_tiling(batch, num_kv_heads, dim, length, num_multiprocessors(device))
+        tiling = choose_tiling(batch, num_kv_heads, dim, length, num_multiprocessors(device), k_cache.element_size())
     padded_dim = max(16, triton.next_power_of_2(dim))
     padded_group = triton.next_power_of_2(group)
     splits = tiling.splits
@@ -374,7 +407,7 @@ def _launch(
         slots,
         page_table,
         raw_cache(k_cache),
-        raw_cache(v_cache),
+        v_cache.view(torch.int16) if k_scale is not None else v_cache,
         unused if k_scale is None else k_scale,
         unused if v_scale is None else v_scale,
         unused if q_norm is None else q_norm,
@@ -401,8 +434,8 @@ def _launch(
         **options,
     )
     if splits > 1:
-        chunk = min(triton.next_power_of_2(splits), 128)
-        columns = min(padded_dim, 64, _JOINED // chunk)
+        chunk = min(triton.next_power_of_2(splits), _CHUNK)
+        columns = min(padded_dim, tiling.columns)
         _join_kernel[(triton.cdiv(dim, columns), num_heads, batch)](
             out, q, partial, stats, positions, HQ=num_heads, WIDTH=q.shape[-1], COLUMNS=columns, CHUNK=chunk,
             num_warps=1, **cut, **options,

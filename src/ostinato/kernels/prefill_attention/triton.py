@@ -183,13 +183,15 @@ def _prefill_kernel(
     tl.store(out + at, acc, mask=inside)
 
 
-def choose_blocks(num_tokens: int, dim: int, element_size: int) -> tuple[int, int, int, int]:
+def choose_blocks(num_tokens: int, dim: int, element_size: int, fp8: bool = False) -> tuple[int, int, int, int]:
     """(queries per block, positions per step, warps, stages); see docs/performance/kernels_attention.md."""
     padded = triton.next_power_of_2(dim)
     if element_size == 4:
         return 16 if padded > 128 else 32, 32, 4, 1
     if padded > 128:
-        return (128, 64, 8, 3) if num_tokens > 64 else (64, 32, 4, 2)
+        if num_tokens > 1024:  # with fewer, blocks of 128 queries leave multiprocessors without work
+            return (128, 32, 8, 2) if fp8 else (128, 64, 8, 2)
+        return (64, 64, 4, 2) if num_tokens > 64 else (64, 32, 4, 2)
     return (64, 128, 4, 2) if padded <= 64 else (64, 64, 4, 3)
 
 
@@ -212,7 +214,7 @@ def prefill_attention(
     num_tokens, num_heads, dim = q.shape
     _, num_kv_heads, page_size, _ = k_cache.shape
     block_m, block_n, warps, stages = blocks or choose_blocks(
-        num_tokens, dim, max(k_cache.element_size(), q.element_size())
+        num_tokens, dim, max(k_cache.element_size(), q.element_size()), k_scale is not None
     )
     out = torch.empty((num_tokens, num_heads * dim), dtype=q.dtype, device=q.device)
     _prefill_kernel[(num_heads, triton.cdiv(num_tokens, block_m))](

@@ -116,6 +116,8 @@ def check_cache(
         )
     if k_cache.dtype not in (*FLOATS, FP8) or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise KernelError(f"{op} takes contiguous caches of floats, got {k_cache.dtype} strides {k_cache.stride()}")
+    if k_cache.dtype == FP8 and k_cache.shape[3] % 2:
+        raise KernelError(f"{op} takes heads of an even size with caches of {FP8}, got {k_cache.shape[3]}")
     for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
         if (k_cache.dtype == FP8) != (scales is not None):
             raise KernelError(

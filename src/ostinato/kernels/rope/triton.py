@@ -72,6 +72,18 @@ def from_fp8(code, KIND: tl.constexpr):
         return code.to(tl.float8e4nv, bitcast=True).to(KIND)
 
 
+@triton.jit
+def from_fp8_pairs(pairs, KIND: tl.constexpr):
+    """Two neighbouring bytes of float8_e4m3fn in an int16 as two tensors of KIND, float16 or float32."""
+    if INTERPRETED or tl.float16 != KIND:
+        return from_fp8((pairs & 255).to(tl.uint8), KIND), from_fp8(((pairs >> 8) & 255).to(tl.uint8), KIND)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.rn.f16x2.e4m3x2 t, $2; mov.b32 {$0, $1}, t; }",
+            "=h,=h,h", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+        )  # fmt: skip
+
+
 def raw_cache(cache: torch.Tensor) -> torch.Tensor:
     """The cache as kernels take it: bytes in place of float8_e4m3fn."""
     return cache.view(torch.uint8) if cache.dtype == FP8 else cache
