@@ -21,9 +21,7 @@ from ostinato.quant.plan import parse_scheme
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(name="convert", help="Quantize a checkpoint into a directory that loads at the speed of the disk.")(
-        convert
-    )
+    app.command(name="convert", help="Quantize a checkpoint and store it for fast loading.")(convert)
 
 
 def convert(

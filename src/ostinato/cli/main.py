@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("ostinato.cli.generate", "Answer one prompt."),
     "chat": ("ostinato.cli.chat", "Talk with a model in several turns."),
     "bench": ("ostinato.cli.bench", "Measure how fast a model decodes and reads prompts."),
-    "convert": ("ostinato.cli.convert", "Quantize a checkpoint into a directory that loads at the speed of the disk."),
+    "convert": ("ostinato.cli.convert", "Quantize a checkpoint and store it for fast loading."),
     "models": ("ostinato.cli.models", "List the models that are known by name."),
     "inspect": ("ostinato.cli.inspect", "Show a model's layers, weights, and memory, without loading it."),
     "check": ("ostinato.cli.check", "Find what would keep PyTorch code from being captured as a CUDA graph."),
