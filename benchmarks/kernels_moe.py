@@ -91,10 +91,10 @@ def candidates(m: int) -> list[list[dict[str, int | bool]]]:
         down = product(("down_rows", "down_warps", "early"), (1, 2, 4), (1, 2, 4), (1, 0))
         return [gate, down, product(("router_rows", "router_warps"), (1, 2, 4), (2, 4, 8)), gate, down]
     return [
-        gate,
+        [{**fields, "registers": registers} for fields in gate for registers in (0, 96, 128)],
         product(("down_rows", "down_warps"), (4, 8, 16), (1, 2, 4)),
         product(("tokens",), (4, 8, 16)) if m > 4 else [],
-        product(("router_rows", "router_warps", "router_tokens"), (4, 8), (4, 8), (1, 2, 4) if m < 32 else (2, 4, 8)),
+        product(("router_rows", "router_warps", "router_tokens"), (4, 8), (4, 8), (1, 2) if m < 16 else (2, 4)),
     ]
 
 

@@ -34,6 +34,7 @@ class MoeTiles:
 
     router_rows: experts a program. router_tokens: tokens a program. gate_rows: of F a program, 4, 8 or 16: they share a
     scale. down_rows: of H a thread. early: down loads before gate and up are done. tokens: picks that share a program.
+    registers: most of a thread in products of lists, 0 for no limit.
     """
 
     router_rows: int
@@ -45,14 +46,15 @@ class MoeTiles:
     router_tokens: int = 1
     early: bool = True
     tokens: int = 8
+    registers: int = 0
 
 
 def default_tiles(m: int, hidden: int, width: int) -> MoeTiles:
     """Tiles by rule, from measurements at H = 2048, F = 512 (docs/performance/kernels_moe.md)."""
     wide = max(1, min(4, hidden // 512))
     if m == 1:
-        return MoeTiles(2, 4, 4, max(1, min(4, hidden // 2048)), 2, 4)
-    return MoeTiles(4, 4, 8, wide, 8, 4, router_tokens=1 if m < 16 else 2, tokens=16)
+        return MoeTiles(2, 4, 8, max(1, min(4, hidden // 1024)), 2, 4)
+    return MoeTiles(8, 8 if m < 16 else 4, 8, wide, 8, 4, router_tokens=1 if m < 16 else 4, tokens=16)
 
 
 def moe_block(
@@ -143,14 +145,15 @@ def moe_block(
         padded, top_k, picks, triton.next_power_of_2(routed), t.tokens, triton.cdiv(tokens, t.tokens),
         num_warps=max(1, min(8, padded // 32)), **options,
     )  # fmt: skip
+    limit = {"maxnreg": t.registers} if t.registers else {}
     _gate_up_list_kernel[(width // t.gate_rows, num_shared + num_blocks)](
         *x, order, blocks, *gate_planes, *act, tokens, num_experts, num_shared, hidden, width, *gate_constants,
-        picks, t.tokens, t.gate_rows, gate_groups, num_warps=t.gate_warps, **options,
+        picks, t.tokens, t.gate_rows, gate_groups, num_warps=t.gate_warps, **options, **limit,
     )  # fmt: skip
     parts = torch.empty((tokens * picks, hidden), dtype=torch.float32, device=device)
     _down_list_kernel[(down_grid, num_shared + num_blocks)](
         *act, order, blocks, weights, *down_planes, parts, tokens, num_experts, num_shared, hidden, width,
-        *down_constants, picks, t.tokens, share, t.down_rows, side, down_groups, num_warps=t.down_warps, **options,
+        *down_constants, picks, t.tokens, share, t.down_rows, side, down_groups, num_warps=t.down_warps, **options, **limit,
     )  # fmt: skip
     block = min(512, triton.next_power_of_2(hidden))
     _combine_kernel[(tokens, triton.cdiv(hidden, block))](

@@ -242,14 +242,14 @@ def block_span(blocks, block, M, E, NUM_SHARED, TOKENS: tl.constexpr):
         entry = blocks + (block - NUM_SHARED) * 4
         first = tl.load(entry + 1, cache_modifier=".cg")
         stop = tl.load(entry + 2, cache_modifier=".cg")
-        if stop > first:
-            expert = tl.load(entry, cache_modifier=".cg")
+        expert = tl.load(entry, cache_modifier=".cg")
     return expert, first, stop
 
 
 @triton.jit
-def block_row(order, block, i, NUM_SHARED, PICKS: tl.constexpr):
-    """The row token * PICKS + number of the i-th pick."""
+def block_row(order, block, i, stop, NUM_SHARED, PICKS: tl.constexpr):
+    """The row token * PICKS + number of the i-th pick, the last one's beyond it."""
+    i = tl.minimum(i, stop - 1)
     row = i * PICKS + PICKS - 1
     if block >= NUM_SHARED:
         row = tl.load(order + i, cache_modifier=".cg")
@@ -267,6 +267,7 @@ def _gate_up_list_kernel(
     KG: tl.constexpr = K // 32
     MIN: tl.constexpr = MIN_SIGN != 0
     SUB: tl.constexpr = GROUP != SUPER
+    SUMS: tl.constexpr = MIN or OFFSET != 0
     block = tl.program_id(1)
     g = tl.arange(0, NG)[None, None, None, :]
     rows = tl.program_id(0) * R + tl.arange(0, R)[None, :, None, None]
@@ -277,11 +278,16 @@ def _gate_up_list_kernel(
         first = expert.to(tl.int64) * (2 * F)
         tile = load_expert(words, high, d, m, sub_d, sub_m, first, rows, g, K, BITS, SUPER, MIN, SUB)
         twin = load_expert(words, high, d, m, sub_d, sub_m, first, rows + F, g, K, BITS, SUPER, MIN, SUB)
-        for i in range(begin, stop):
-            row = block_row(order, block, i, NUM_SHARED, PICKS)
-            token = row // PICKS
-            root = tl.load(roots + token)
-            x = load_row(x_words + token * (K // 4), x_scales + token * (K // 16), g, KG, 4, GROUP, MIN or OFFSET != 0)
+        row = block_row(order, block, begin, stop, NUM_SHARED, PICKS)
+        ahead = block_row(order, block, begin + 1, stop, NUM_SHARED, PICKS)
+        token = row // PICKS
+        root = tl.load(roots + token)
+        x = load_row(x_words + token * (K // 4), x_scales + token * (K // 16), g, KG, 4, GROUP, SUMS)
+        for i in range(begin, stop):  # inputs are loaded one pick ahead, their places two
+            token = ahead // PICKS
+            next_root = tl.load(roots + token)
+            next_x = load_row(x_words + token * (K // 4), x_scales + token * (K // 16), g, KG, 4, GROUP, SUMS)
+            next_ahead = block_row(order, block, i + 2, stop, NUM_SHARED, PICKS)
             gate, up = sum_both(
                 row_products(tile, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
                 row_products(twin, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
@@ -289,6 +295,10 @@ def _gate_up_list_kernel(
             )
             at = row * (F // R) + tl.program_id(0)
             store_row(gate_times_up(gate * root, up * root, "silu"), act_words + at * (R // 4), act_scales + at, R)
+            row = ahead
+            ahead = next_ahead
+            root = next_root
+            x = next_x
 
 
 @triton.jit
@@ -303,6 +313,7 @@ def _down_list_kernel(
     FG: tl.constexpr = F // 32
     MIN: tl.constexpr = MIN_SIGN != 0
     SUB: tl.constexpr = GROUP != SUPER
+    SUMS: tl.constexpr = MIN or OFFSET != 0
     block = tl.program_id(1)
     g = tl.arange(0, NG)[None, None, None, :] + tl.arange(0, W)[None, None, :, None] * 0
     start = tl.program_id(0) * (R * W)
@@ -313,13 +324,19 @@ def _down_list_kernel(
     if stop > begin:
         first = expert.to(tl.int64) * H
         tile = load_expert(words, high, d, m, sub_d, sub_m, first, rows, g, F, BITS, SUPER, MIN, SUB)
+        row = block_row(order, block, begin, stop, NUM_SHARED, PICKS)
+        ahead = block_row(order, block, begin + 1, stop, NUM_SHARED, PICKS)
         wait(PDL)
+        x = load_row(act_words + row * (F // 4), act_scales + row * (F // 4 // SHARE), g, FG, SHARE, GROUP, SUMS)
         for i in range(begin, stop):
-            row = block_row(order, block, i, NUM_SHARED, PICKS)
-            words_at = act_words + row * (F // 4)
-            x = load_row(words_at, act_scales + row * (F // 4 // SHARE), g, FG, SHARE, GROUP, MIN or OFFSET != 0)
+            words_at = act_words + ahead * (F // 4)
+            next_x = load_row(words_at, act_scales + ahead * (F // 4 // SHARE), g, FG, SHARE, GROUP, SUMS)
+            next_ahead = block_row(order, block, i + 2, stop, NUM_SHARED, PICKS)
             y = tl.sum(row_products(tile, x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB), 3)
             tl.store(parts + row * H + n, y * tl.load(weights + row, cache_modifier=".cg"), mask=n < H)
+            row = ahead
+            ahead = next_ahead
+            x = next_x
 
 
 @triton.jit
