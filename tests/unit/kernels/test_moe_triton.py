@@ -31,11 +31,15 @@ def assert_close(found: torch.Tensor, case: MoeCase, gate_rows: int = 16) -> Non
     assert (found - case.h - model).norm() < 2e-3 * model.norm()
 
 
-SMALL = {"num_experts": 5, "top_k": 2}
+SMALL = {"num_experts": 5, "top_k": 2, "hidden": 32}
 
 
-@pytest.mark.parametrize("m", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
+# The kernels for one token and for several share all code that knows a kind; the GPU tests have every pair.
+PAIRS = [(kind, 1) for kind in KINDS if kind not in ("Q4_1", "Q5_1", "I4_32")]
+PAIRS += [(kind, 2) for kind in ("I4_64", "Q6_K")]
+
+
+@pytest.mark.parametrize(("kind", "m"), PAIRS)
 def test_every_kind_of_block(kind, m, device):
     size = KINDS[kind].block
     case = random_case(m, device, hidden=size, width=size, gate_up_kind=kind, down_kind=kind, num_experts=2, top_k=1)
@@ -49,11 +53,11 @@ OPTIONS = {
     "float32 router": {"router_dtype": torch.float32},
     "kinds differ, odd sizes": {"gate_up_kind": "Q8_0", "down_kind": "I4_32", "hidden": 96, "width": 32},
     "one expert": {"num_experts": 1, "top_k": 1},
-    "more experts than threads": {"num_experts": 37, "top_k": 5},
+    "more experts than threads": {"num_experts": 37, "top_k": 3},
 }
 
 
-@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options_and_odd_sizes(options, m, device):
     case = random_case(m, device, **{**SMALL, **options})
@@ -68,15 +72,15 @@ def test_options_and_odd_sizes(options, m, device):
     ids=lambda fields: ", ".join(f"{name} {value}" for name, value in fields.items()),
 )
 def test_ways_of_cutting(fields, device):
-    for m in (1, 3):
-        case = random_case(m, device, hidden=96, width=64, num_experts=3, top_k=1)
+    for m in (1, 2):
+        case = random_case(m, device, hidden=96, width=32, num_experts=3, top_k=1)
         assert_close(launch(case, tiles(**fields)), case, fields.get("gate_rows", 16))
 
 
 def test_tokens_that_all_take_one_expert(device):
-    case = random_case(7, device, num_experts=6, top_k=2)
+    case = random_case(5, device, num_experts=6, top_k=1)
     case.h.copy_(case.h[0] + 0.01 * case.h)
-    for tokens in (2, 8):
+    for tokens in (2, 4):
         assert_close(launch(case, tiles(tokens=tokens)), case)
 
 

@@ -153,7 +153,8 @@ def moe_block(
     parts = torch.empty((tokens * picks, hidden), dtype=torch.float32, device=device)
     _down_list_kernel[(down_grid, num_shared + num_blocks)](
         *act, order, blocks, weights, *down_planes, parts, tokens, num_experts, num_shared, hidden, width,
-        *down_constants, picks, t.tokens, share, t.down_rows, side, down_groups, num_warps=t.down_warps, **options, **limit,
+        *down_constants, picks, t.tokens, share, t.down_rows, side, down_groups,
+        num_warps=t.down_warps, **options, **limit,
     )  # fmt: skip
     block = min(512, triton.next_power_of_2(hidden))
     _combine_kernel[(tokens, triton.cdiv(hidden, block))](
