@@ -169,6 +169,8 @@ def candidates(p: Product) -> Iterator[Tiles]:
                 and n / rows <= 40000
             ):
                 yield Tiles("streamed", rows, wide, tokens, warps)
+    if p.m >= 16:
+        yield Tiles("packed", 0, 0, 0, 0)
     if p.m > 1:
         for rows, tokens, warps in itertools.product((16, 32, 64), (8, 16, 32, 64), (1, 2, 4, 8)):
             if (
@@ -384,7 +386,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=["smollm"], choices=list(SETS), dest="sets")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
-    parser.add_argument("--only", choices=["resident", "streamed", "mma", "tile"], help="measure this path only")
+    parser.add_argument(
+        "--only", choices=["resident", "streamed", "mma", "tile", "packed"], help="measure this path only"
+    )
     parser.add_argument("--seconds", type=float, default=120.0)
     arguments = parser.parse_args()
     products = [p for name in arguments.sets for p in SETS[name]]

@@ -58,7 +58,7 @@ class Model(Protocol):
     def kv_specs(self) -> Sequence[KVSpec | RecurrentSpec]: ...
 
     def bytes_per_step(self, num_rows: int = 1) -> int:
-        """Bytes of weights that a decode step of ``num_rows`` reads, with experts as they fall when all are as likely."""
+        """Bytes of weights that a decode step of ``num_rows`` reads; of experts the number that is to be expected."""
         ...
 
     def forward(

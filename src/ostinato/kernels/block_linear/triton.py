@@ -10,11 +10,13 @@ import triton
 from ostinato.kernels.block_linear.batch.triton import _mma_kernel
 from ostinato.kernels.block_linear.matmul.triton import _dequantize_kernel, _finish_kernel, _tile_kernel
 from ostinato.kernels.block_linear.matvec.triton import _resident_kernel, _streamed_kernel
+from ostinato.kernels.block_linear.planes import kind_constants, pairs
 from ostinato.kernels.block_linear.ref import with_heads
+from ostinato.kernels.grouped_linear.triton import packed_matmul
 from ostinato.kernels.launch import gpu_name, launch_options, num_multiprocessors
 from ostinato.kernels.rms_norm.triton import rms_norm, rms_norm_quantize
 from ostinato.kernels.tuning import Tiles, linear_key, table
-from ostinato.quant.blocks import KINDS, BlockKind
+from ostinato.quant.blocks import KINDS
 
 DENSE_BYTES = 256 << 20  # the most that a product of many rows dequantizes at a time
 
@@ -79,6 +81,9 @@ def block_linear(
             )  # fmt: skip
         return out
     x = with_heads(x, squares, eps)
+    if tiles.path == "packed":
+        x = rms_norm(x, norm, eps, torch.bfloat16) if norm is not None else x.to(torch.bfloat16)
+        return packed_matmul(x, words, d, high, m, sub_d, sub_m, kind, bias, residual, gated, out_dtype)
     planes = pairs(words.view(torch.uint8), d, high, m, sub_d, sub_m, KINDS[kind])
     if norm is not None and (tiles.path == "gemm" or tiles.splits > 1):
         x, norm = rms_norm(x, norm, eps, torch.bfloat16), None
@@ -167,40 +172,15 @@ def _finish(
     )  # fmt: skip
 
 
-def kind_constants(kind: BlockKind) -> tuple[int, int, int, int, int]:
-    """BITS, GROUP, SUPER, OFFSET and MIN_SIGN of the kernels.
-
-    They step through 32 columns at a time: those of a larger group read its scale again, at index column // SUPER.
-    """
-    return kind.bits, kind.group, kind.super_group, kind.offset, kind.min_sign
-
-
-def pairs(
-    words: torch.Tensor,
-    d: torch.Tensor,
-    high: torch.Tensor | None,
-    m: torch.Tensor | None,
-    sub_d: torch.Tensor | None,
-    sub_m: torch.Tensor | None,
-    kind: BlockKind,
-) -> tuple[torch.Tensor, ...]:
-    """The planes in the kernels' order: absent ones as ``d``, two sub-scales of 16 columns as one int16."""
-    found = []
-    for plane in (sub_d, sub_m):
-        if plane is None:
-            found.append(d)
-        else:
-            found.append(plane.view(torch.int16) if kind.group == 16 else plane)
-    return words, high if high is not None else d, d, m if m is not None else d, *found
-
-
 @functools.cache
 def choose(kind: str, n: int, k: int, m: int, gated: bool, device: torch.device) -> Tiles:
     """The tiles for a product: measured ones where the GPU's table has them, else a rule's."""
     measured = table(gpu_name(device)).get(linear_key(kind, n, k, m, gated))
     if measured is not None:
         return measured
-    return default_tiles(n * (2 if gated else 1), k, m, num_multiprocessors(device))
+    tiles = default_tiles(n * (2 if gated else 1), k, m, num_multiprocessors(device))
+    # A weight of our own kinds is never written out as a dense matrix; for GGUF's that is the faster way still.
+    return Tiles("packed", 0, 0, 0, 0) if tiles.path == "gemm" and kind.startswith("I4_") else tiles
 
 
 def default_tiles(n: int, k: int, m: int, multiprocessors: int) -> Tiles:

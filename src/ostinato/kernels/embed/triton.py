@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ostinato.kernels.block_linear.matmul.triton import values
-from ostinato.kernels.block_linear.triton import kind_constants, pairs
+from ostinato.kernels.block_linear.planes import kind_constants, pairs
 from ostinato.kernels.launch import launch_options
 from ostinato.kernels.triton import trigger, wait
 from ostinato.quant.blocks import KINDS

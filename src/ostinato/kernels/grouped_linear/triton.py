@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ostinato.kernels.block_linear.matmul.triton import values
 from ostinato.kernels.block_linear.matvec.triton import half
-from ostinato.kernels.block_linear.triton import kind_constants, pairs
+from ostinato.kernels.block_linear.planes import kind_constants, pairs
 from ostinato.kernels.grouped_linear.hopper.triton import _wgmma_kernel
 from ostinato.kernels.grouped_linear.unpack.triton import in_order, unpack
 from ostinato.kernels.launch import capability, launch_options

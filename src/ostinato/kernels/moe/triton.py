@@ -9,7 +9,7 @@ import torch
 import triton
 
 from ostinato.errors import KernelError
-from ostinato.kernels.block_linear.triton import kind_constants, pairs
+from ostinato.kernels.block_linear.planes import kind_constants, pairs
 from ostinato.kernels.grouped_linear import grouped_linear
 from ostinato.kernels.launch import launch_options
 from ostinato.kernels.moe.experts.triton import (
