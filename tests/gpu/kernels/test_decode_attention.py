@@ -119,6 +119,14 @@ def test_prefill(model: str, first: int, tokens: int, window: int) -> None:
     assert distance(got, expected) < 4e-3
 
 
+def test_float32_is_float32_for_wide_heads_too() -> None:
+    """A long cache, whose tiles are smaller than those of bfloat16."""
+    given = filled("qwen3.5", 2, 256, [9000, 33], torch.float32)
+    expected = fused_decode_attention_ref(*on_gpu(given).values(), 0.0625, 0, 0.0)
+    got = fused_decode_attention(**on_gpu(given), scale=0.0625)
+    assert distance(got, expected.cpu()) < 1e-5
+
+
 def test_float32_is_float32() -> None:
     given = filled("smollm2", 2, 64, [900, 33], torch.float32)
     q = torch.randn(2, 9, 64)
@@ -137,7 +145,14 @@ def scaled_on_gpu(given: dict) -> tuple[dict, dict, dict, dict]:
     return given, scales, on_gpu(given), on_gpu(scales)
 
 
-LONG = [Tiling(32, 128, 4, 3), Tiling(32, 66, 8, 4), Tiling(64, 66, 8, 3), Tiling(16, 5, 4, 1), None]
+LONG = [
+    Tiling(64, 66, 4, 3),
+    Tiling(64, 7, 4, 3),
+    Tiling(64, 128, 4, 2),
+    Tiling(32, 66, 8, 4),
+    Tiling(16, 5, 4, 1),
+    None,
+]
 
 
 @pytest.mark.parametrize("scaled", [False, True])

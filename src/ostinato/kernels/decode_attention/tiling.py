@@ -22,8 +22,9 @@ class Tiling:
 def choose_tiling(
     batch: int, num_kv_heads: int, dim: int, max_length: int, multiprocessors: int, element_size: int = 2
 ) -> Tiling:
-    """Tiling for a cache of up to ``max_length`` positions per slot, ``element_size`` bytes a number; see docs/performance/kernels_attention.md.
+    """Tiling for a cache of up to ``max_length`` positions per slot, ``element_size`` bytes a number.
 
+    See docs/performance/kernels_attention.md.
     Short caches get one tile per program, since there latency is all; long ones as many programs as run at once, whose
     loops keep loads in flight.
     """
