@@ -28,8 +28,11 @@ HIDDEN, WIDTH, EXPERTS, TOP_K = 2048, 512, 256, 8
 
 
 def centred(kind: str, rows: int, columns: int) -> BlockWeight:
-    """A random weight whose values have a mean of about 0."""
+    """A random weight whose values have a mean of about 0: else all tokens soon point one way and share experts."""
     weight = random_weight(kind, rows, columns)
+    if weight.m is not None and weight.sub_d is not None and weight.sub_m is not None:
+        weight.m.copy_(weight.d * 7.5)
+        weight.sub_m.copy_(weight.sub_d)
     if weight.m is not None and weight.kind.min_sign > 0:
         weight.m.copy_(weight.d * -(2.0 ** (weight.kind.bits - 1)))
     return weight

@@ -54,7 +54,7 @@ def default_tiles(m: int, hidden: int, width: int) -> MoeTiles:
     wide = max(1, min(4, hidden // 512))
     if m == 1:
         return MoeTiles(2, 4, 8, max(1, min(4, hidden // 1024)), 2, 4)
-    return MoeTiles(8, 8 if m < 16 else 4, 8, wide, 8, 4, router_tokens=1 if m < 16 else 4, tokens=16)
+    return MoeTiles(8, 8, 8, wide, 8, 4, router_tokens=1 if m < 16 else 2, tokens=16, registers=128)
 
 
 def moe_block(
