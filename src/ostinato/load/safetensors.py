@@ -23,6 +23,7 @@ import torch
 from ostinato.errors import CheckpointError
 from ostinato.load.mapped import MappedFile
 from ostinato.load.source import TensorInfo
+from ostinato.load.staging import staging
 from ostinato.quant.blocks import KINDS, BlockKind, BlockWeight, plane_columns
 
 CONFIG = "config.json"
@@ -31,6 +32,7 @@ SINGLE = "model.safetensors"
 PACKED_METHOD = "ostinato"  # quant_method of a packed checkpoint, and the key of the kinds in a file's __metadata__
 PACKED_VERSION = 1
 
+_STAGED_BYTES = 1 << 20  # less is not worth a thread
 _MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 DTYPES = {
     "F64": torch.float64,
@@ -205,6 +207,9 @@ def _read(info: SafeTensor, device: torch.device | str, start: int = 0, num_byte
     """Bytes of a tensor as its dtype, flat, straight from the mapping to ``device``."""
     count = info.num_bytes if num_bytes is None else num_bytes
     values = torch.empty(count // info.dtype.itemsize, dtype=info.dtype, device=device)
+    if values.is_cuda and count >= _STAGED_BYTES:
+        staging(values.device).read(info.file.path, info.start + start, values.view(torch.uint8))
+        return values
     values.view(torch.uint8).copy_(info.file.slice(info.start + start, count))
     info.file.release(info.start + start, count)
     return values
