@@ -91,7 +91,10 @@ def candidates(m: int) -> list[list[dict[str, int | bool]]]:
     gates = ((4, 1), (4, 2), (8, 1), (8, 2), (8, 4), (16, 2), (16, 4), (16, 8))
     gate: list[dict[str, int | bool]] = [{"gate_rows": rows, "gate_warps": warps} for rows, warps in gates]
     if m == 1:
-        down = product(("down_rows", "down_warps", "early"), (1, 2, 4), (1, 2, 4), (1, 0))
+        down = product(("down_rows", "down_warps", "together"), (1, 2, 4), (1, 2, 4), (1,))
+        down += product(("down_rows", "down_warps", "together"), (4,), (2, 4), (2, 4))
+        down += product(("down_rows", "down_warps", "together"), (8,), (4, 8), (4, 8))
+        down += [{"down_rows": 2, "down_warps": 2, "together": 2}, {"down_rows": 2, "down_warps": 4, "together": 2}]
         return [gate, down, product(("router_rows", "router_warps"), (1, 2, 4), (2, 4, 8)), gate, down]
     return [
         [{**fields, "registers": registers} for fields in gate for registers in (0, 96, 128)],

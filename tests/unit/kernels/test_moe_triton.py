@@ -68,7 +68,13 @@ def test_options_and_odd_sizes(options, m, device):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"early": False}, {"down_warps": 2}, {"gate_warps": 2, "gate_rows": 8}, {"down_rows": 8, "gate_rows": 4}],
+    [
+        {"early": False},
+        {"down_warps": 2},
+        {"down_warps": 1, "together": 2},
+        {"gate_warps": 2, "gate_rows": 8},
+        {"down_rows": 8, "gate_rows": 4},
+    ],
     ids=lambda fields: ", ".join(f"{name} {value}" for name, value in fields.items()),
 )
 def test_ways_of_cutting(fields, device):

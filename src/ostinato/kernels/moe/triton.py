@@ -33,8 +33,9 @@ class MoeTiles:
     """How the block is cut into programs.
 
     router_rows: experts a program. router_tokens: tokens a program. gate_rows: of F a program, 4, 8 or 16: they share a
-    scale. down_rows: of H a thread. early: down loads before gate and up are done. tokens: picks that share a program.
-    registers: most of a thread in products of lists, 0 for no limit.
+    scale. down_rows: of H a thread. early: down loads before gate and up are done. together: picks side by side over
+    the threads of down for one token, a divisor of its rows a thread and of the rows side by side. tokens: picks that
+    share a program. registers: most of a thread in products of lists, 0 for no limit.
     """
 
     router_rows: int
@@ -45,6 +46,7 @@ class MoeTiles:
     down_warps: int
     router_tokens: int = 1
     early: bool = True
+    together: int = 1
     tokens: int = 8
     registers: int = 0
 
@@ -53,7 +55,8 @@ def default_tiles(m: int, hidden: int, width: int) -> MoeTiles:
     """Tiles by rule, from measurements at H = 2048, F = 512 (docs/performance/kernels_moe.md)."""
     wide = max(1, min(4, hidden // 512))
     if m == 1:
-        return MoeTiles(2, 4, 8, max(1, min(4, hidden // 1024)), 2, 4)
+        together = 2 if width <= 2048 else 1
+        return MoeTiles(2, 8, 4, max(1, min(4, hidden // 1024)), 2 * together, 4, together=together)
     return MoeTiles(8, 8, 8, wide, 8, 4, router_tokens=1 if m < 16 else 2, tokens=16, registers=128)
 
 
@@ -123,10 +126,11 @@ def moe_block(
             *x, keys, *gate_planes, *act, num_experts, hidden, width, *gate_constants,
             padded, top_k, t.gate_rows, gate_groups, t.gate_warps, num_warps=t.gate_warps, **options,
         )  # fmt: skip
-        _down_kernel[(down_grid,)](
+        side = side // t.together
+        _down_kernel[(triton.cdiv(hidden, t.down_rows * side),)](
             *act, keys, logits, *down_planes, h, out, num_experts, hidden, width, *down_constants,
             padded, top_k, normalize, has_shared, shared_gate is not None,
-            share, t.down_rows, side, down_groups, t.down_warps, t.early, num_warps=t.down_warps, **options,
+            share, t.down_rows, side, t.together, down_groups, t.down_warps, t.early, num_warps=t.down_warps, **options,
         )  # fmt: skip
         return out
     ids = torch.empty((tokens, picks), dtype=torch.int32, device=device)

@@ -196,40 +196,75 @@ def _gate_up_kernel(
 
 
 @triton.jit
+def one_of(values, which, FIRST: tl.constexpr, COUNT: tl.constexpr, LAST: tl.constexpr):
+    """values[FIRST + which] of a tuple of numbers, for which < COUNT a tensor; the last one's beyond LAST."""
+    found = values[FIRST] + which * 0
+    for i in tl.static_range(1, COUNT):
+        if FIRST + i <= LAST:
+            found = tl.where(which == i, values[FIRST + i], found)
+    return found
+
+
+@triton.jit
 def _down_kernel(
     act_words, act_scales, keys, logits, words, high, d, m, sub_d, sub_m, h, out, E, H, F: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
     EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr,
-    SHARE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, NG: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
-    PDL: tl.constexpr,
+    SHARE: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr, TOGETHER: tl.constexpr, NG: tl.constexpr,
+    WARPS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out = h + the weighted sum over all picks of one token, R * W rows a program."""
+    """out = h + the weighted sum over all picks of one token, R * SIDE rows a program.
+
+    Threads have SIDE rows of TOGETHER picks side by side. The shared expert, a pick too many, has all of them for rows.
+    """
     trigger(PDL)
     FG: tl.constexpr = F // 32
     MIN: tl.constexpr = MIN_SIGN != 0
     SUB: tl.constexpr = GROUP != SUPER
-    g = tl.arange(0, NG)[None, None, None, :] + tl.arange(0, W)[None, None, :, None] * 0
-    start = tl.program_id(0) * (R * W)
-    rows = start + tl.arange(0, R)[None, :, None, None] * W + tl.arange(0, W)[None, None, :, None]
-    rows = tl.minimum(rows, H - 1)
+    SUMS: tl.constexpr = MIN or OFFSET != 0
+    W: tl.constexpr = SIDE * TOGETHER
+    STEPS: tl.constexpr = (TOP_K + TOGETHER - 1) // TOGETHER
+    w = tl.arange(0, W)[None, None, :, None]
+    g = tl.arange(0, NG)[None, None, None, :] + w * 0
+    which = w // SIDE
+    start = tl.program_id(0) * (R * SIDE)
+    rows = tl.minimum(start + tl.arange(0, R)[None, :, None, None] * SIDE + w % SIDE, H - 1)
     if not EARLY:
         wait(PDL)
     experts, weights = choose_all(keys, logits, E, EP, TOP_K, NORMALIZE, SHARED, GATED, WARPS)
     tiles = nothing()
-    for p in tl.static_range(TOP_K + SHARED):
-        first = experts[p].to(tl.int64) * H
+    for step in tl.static_range(STEPS):
+        if TOGETHER == 1:
+            first = experts[step].to(tl.int64) * H
+        else:
+            first = one_of(experts, which, step * TOGETHER, TOGETHER, TOP_K - 1).to(tl.int64) * H
         tiles += (load_expert(words, high, d, m, sub_d, sub_m, first, rows, g, F, BITS, SUPER, MIN, SUB),)
-    n = start + tl.arange(0, R)[None, :, None] * W + tl.arange(0, W)[None, None, :]
-    added = tl.load(h + n, mask=n < H, other=0.0, cache_modifier=".cg")
+    if SHARED:
+        all_rows = start + tl.arange(0, R // TOGETHER)[None, :, None, None] * W + w
+        all_rows = tl.minimum(all_rows, H - 1)
+        first = experts[TOP_K].to(tl.int64) * H
+        shared = load_expert(words, high, d, m, sub_d, sub_m, first, all_rows, g, F, BITS, SUPER, MIN, SUB)
+    n = start + tl.arange(0, R)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    total = tl.load(h + n, mask=n < H, other=0.0, cache_modifier=".cg")
     if EARLY:
         wait(PDL)
     acc = tl.zeros((1, R, W, NG), tl.float32)
-    for p in tl.static_range(TOP_K + SHARED):
-        x = load_row(
-            act_words + p * (F // 4), act_scales + p * (F // 4 // SHARE), g, FG, SHARE, GROUP, MIN or OFFSET != 0
-        )
-        acc += row_products(tiles[p], x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weights[p]
-    tl.store(out + n, added + tl.sum(acc, 3), mask=n < H)
+    for step in tl.static_range(STEPS):
+        if TOGETHER == 1:
+            x = load_row(act_words + step * (F // 4), act_scales + step * (F // 4 // SHARE), g, FG, SHARE, GROUP, SUMS)
+            acc += row_products(tiles[step], x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weights[step]
+        else:
+            pick = step * TOGETHER + which
+            weight = tl.where(pick < TOP_K, one_of(weights, which, step * TOGETHER, TOGETHER, TOP_K - 1), 0.0)
+            pick = tl.minimum(pick, TOP_K - 1)
+            x = load_row(act_words + pick * (F // 4), act_scales + pick * (F // 4 // SHARE), g, FG, SHARE, GROUP, SUMS)
+            acc += row_products(tiles[step], x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weight
+    total += tl.sum(tl.reshape(tl.sum(acc, 3), (R, TOGETHER, SIDE)), 1)
+    if SHARED:
+        x = load_row(act_words + TOP_K * (F // 4), act_scales + TOP_K * (F // 4 // SHARE), g, FG, SHARE, GROUP, SUMS)
+        of_shared = row_products(shared, x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weights[TOP_K]
+        total += tl.reshape(tl.sum(of_shared, 3), (R, SIDE))
+    tl.store(out + n, total, mask=n < H)
 
 
 @triton.jit
