@@ -25,7 +25,7 @@ class _Lane(threading.local):
 
     def __init__(self, device: torch.device) -> None:
         self.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.copied = self.stream.record_event()
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ostinato.errors import KernelError
-from ostinato.kernels.block_linear import block_linear
-from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref
+from ostinato.kernels.block_linear import block_linear, int8_linear
+from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref, int8_linear_ref
 from ostinato.kernels.registry import load
 from ostinato.kernels.tuning import Tiles
 from ostinato.quant.blocks import KINDS, dequantize
@@ -182,3 +182,38 @@ def test_public_op_on_the_cpu_is_the_reference():
         block_linear(x, weight, norm=norm, eps=1e-6, gated="silu"),
         block_linear_ref(x, weight, norm=norm, eps=1e-6, gated="silu"),
     )
+
+
+INT8 = {
+    "one step": Tiles("streamed", rows=4, groups=16, tokens=1, warps=1),
+    "several steps and rows": Tiles("streamed", rows=8, groups=4, tokens=2, warps=1),
+}
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+@pytest.mark.parametrize("tiles", INT8.values(), ids=INT8)
+@pytest.mark.parametrize("kind", ["I4_128", "Q4_K", "Q6_K", "Q8_0"])
+def test_int8_rows_are_multiplied_as_they_are(kind, tiles, heads, device):
+    k = columns(kind, 384)
+    weight = random_weight(kind, 10, k, device)
+    x = torch.randint(-127, 128, (3, k), dtype=torch.int8, device=device)
+    scale = torch.rand(3, k // 32, device=device) * 0.02
+    squares = torch.rand(3, heads, 4, device=device) * 30 if heads and k % (32 * heads) == 0 else None
+    residual = torch.randn(3, 10, device=device)
+    kernel = load("ostinato.kernels.block_linear.triton:int8_linear")
+    found = kernel(x, scale, *operands(weight), squares, 1e-5, residual, tiles)
+    expected = int8_linear_ref(x, scale, weight, squares, 1e-5, residual)
+    wide = (x.float() * scale.repeat_interleave(32, dim=1)) * (1 if squares is None else 30)
+    assert_sums_agree(found, expected, wide, weight)
+    torch.testing.assert_close(int8_linear(x, scale, weight, squares=squares, eps=1e-5, residual=residual), expected)
+
+
+def test_int8_rows_that_do_not_fit_are_refused(device):
+    weight = random_weight("Q8_0", 10, 64, device)
+    x, scale = torch.ones(2, 64, dtype=torch.int8, device=device), torch.ones(2, 2, device=device)
+    with pytest.raises(KernelError, match=r"x int8 \[M, 64\], got \(2, 64\) torch.float32"):
+        int8_linear(x.float(), scale, weight)
+    with pytest.raises(KernelError, match=r"scales float32 \[2, 2\], got \(2, 3\)"):
+        int8_linear(x, torch.ones(2, 3, device=device), weight)
+    with pytest.raises(KernelError, match=r"residual \[2, 10\], got \(2, 9\)"):
+        int8_linear(x, scale, weight, residual=torch.ones(2, 9, device=device))

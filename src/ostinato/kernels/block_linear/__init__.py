@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from ostinato.errors import KernelError
-from ostinato.kernels.block_linear.ref import block_linear_ref, default_dtype
+from ostinato.kernels.block_linear.ref import block_linear_ref, default_dtype, int8_linear_ref
 from ostinato.kernels.gated import GATES
 from ostinato.kernels.registry import register
 from ostinato.quant.blocks import KINDS, BlockWeight
 
-__all__ = ["block_linear", "check_linear"]
+__all__ = ["block_linear", "check_linear", "int8_linear"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,6 +72,47 @@ def block_linear(
         dtype,
         squares,
     )
+    return result
+
+
+def int8_linear(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    weight: BlockWeight,
+    *,
+    squares: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """residual + x̂ Wᵀ for x that its maker has rounded to int8 already: float32 [M, N].
+
+    x: int8 [M, K]; x̂ is x times its scales, float32 [M, K/32]. squares, eps, residual: as for ``block_linear``.
+    Raises KernelError.
+    """
+    n, k = weight.shape
+    rows = x.shape[0] if x.dim() == 2 else 0
+    if x.shape != (rows, k) or x.dtype != torch.int8 or not x.is_contiguous():
+        raise KernelError(f"int8_linear takes contiguous x int8 [M, {k}], got {tuple(x.shape)} {x.dtype}")
+    if scale.shape != (rows, k // 32) or scale.dtype != torch.float32 or not scale.is_contiguous():
+        raise KernelError(
+            f"int8_linear takes contiguous scales float32 [{rows}, {k // 32}], got {tuple(scale.shape)} {scale.dtype}"
+        )
+    if residual is not None and (
+        residual.shape != (rows, n) or residual.dtype != torch.float32 or not residual.is_contiguous()
+    ):
+        raise KernelError(
+            f"int8_linear takes a contiguous float32 residual [{rows}, {n}], got"
+            f" {tuple(residual.shape)} {residual.dtype}"
+        )
+    if squares is not None:
+        _check_squares(squares, x, None)
+    for name, tensor in (("scale", scale), ("weight", weight), ("residual", residual)):
+        if tensor is not None and tensor.device != x.device:
+            raise KernelError(f"int8_linear: x is on {x.device} and {name} on {tensor.device}: move them to one device")
+    if x.device.type == "cpu":
+        return int8_linear_ref(x, scale, weight, squares, eps, residual)
+    planes = (weight.words, weight.d, weight.high, weight.m, weight.sub_d, weight.sub_m)
+    result: torch.Tensor = _int8_linear(x, scale, *planes, weight.kind.name, squares, eps, residual)
     return result
 
 
@@ -186,4 +227,31 @@ _block_linear = register(
     reference=_block_linear_cpu,
     kernel="ostinato.kernels.block_linear.triton:block_linear",
     fake=_block_linear_fake,
+)
+
+
+def _int8_linear_cpu(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    words: torch.Tensor,
+    d: torch.Tensor,
+    high: torch.Tensor | None,
+    m: torch.Tensor | None,
+    sub_d: torch.Tensor | None,
+    sub_m: torch.Tensor | None,
+    kind: str,
+    squares: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    weight = BlockWeight(KINDS[kind], (words.shape[0], x.shape[1]), words, d, high, m, sub_d, sub_m)
+    return int8_linear_ref(x, scale, weight, squares, eps, residual)
+
+
+_int8_linear = register(
+    "int8_linear(Tensor x, Tensor scale, Tensor words, Tensor d, Tensor? high, Tensor? m, Tensor? sub_d, Tensor? sub_m,"
+    " str kind, Tensor? squares, float eps, Tensor? residual) -> Tensor",
+    reference=_int8_linear_cpu,
+    kernel="ostinato.kernels.block_linear.triton:int8_linear",
+    fake=lambda x, scale, words, *rest: x.new_empty((x.shape[0], words.shape[0]), dtype=torch.float32),
 )

@@ -52,6 +52,19 @@ def block_linear_int8_ref(
     return finish(total, bias, residual, gated, out_dtype or default_dtype(x, residual))
 
 
+def int8_linear_ref(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    weight: BlockWeight,
+    squares: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """What ``int8_linear`` means."""
+    wide = x.float() * scale.repeat_interleave(x.shape[1] // scale.shape[1], dim=1)
+    return block_linear_ref(wide, weight, eps=eps, residual=residual, squares=squares, out_dtype=torch.float32)
+
+
 def with_heads(x: torch.Tensor, squares: torch.Tensor | None, eps: float) -> torch.Tensor:
     """x [M, K] with the norm of its heads applied, given their sums of squares [M, heads, 4] in four parts; else x."""
     if squares is None:

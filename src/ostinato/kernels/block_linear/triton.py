@@ -73,12 +73,7 @@ def block_linear(
                 tiles.rows // 16, tiles.tokens // 8, tiles.warps, *flags, num_warps=tiles.warps, **options,
             )  # fmt: skip
         else:
-            width = max(1, tiles.warps * 32 // tiles.groups)  # rows of W side by side over the threads
-            assert tiles.rows % width == 0, f"{tiles} leaves threads without a row"
-            _streamed_kernel[grid](
-                quantized, scales, *planes, *after, *constants,
-                tiles.rows // width, width, tiles.groups, tiles.tokens, *flags, num_warps=tiles.warps, **options,
-            )  # fmt: skip
+            _streamed(quantized, scales, None, eps, planes, after, constants, flags, tiles)
         return out
     x = with_heads(x, squares, eps)
     if tiles.path == "packed":
@@ -109,6 +104,62 @@ def block_linear(
     if not whole:
         _finish(product, tiles.splits, bias, residual, gated, out)
     return out
+
+
+def int8_linear(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    words: torch.Tensor,
+    d: torch.Tensor,
+    high: torch.Tensor | None,
+    m: torch.Tensor | None,
+    sub_d: torch.Tensor | None,
+    sub_m: torch.Tensor | None,
+    kind: str,
+    squares: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Launch ``_streamed_kernel`` for x int8 [M, K]; arguments as the op's, and ``tiles`` in place of the table's."""
+    (tokens, k), n = x.shape, words.shape[0]
+    out = torch.empty((tokens, n), dtype=torch.float32, device=x.device)
+    if tokens == 0:
+        return out
+    if tiles is None:
+        found = table(gpu_name(x.device)).get(linear_key(kind, n, k, tokens, False) + " int8")
+        groups = min(64, triton.next_power_of_2(k // 32))
+        tiles = Tiles("streamed", rows=8 if n > 4096 else 4, groups=groups, tokens=min(tokens, 4), warps=2)
+        tiles = found or tiles
+    planes = pairs(words, d, high, m, sub_d, sub_m, KINDS[kind])
+    after = (d, residual if residual is not None else out, out, tokens, n, k)
+    flags = (False, residual is not None, None)
+    x, scale = x.view(torch.int32), scale.view(torch.int32)
+    _streamed(x, scale, squares, eps, planes, after, kind_constants(KINDS[kind]), flags, tiles)
+    return out
+
+
+def _streamed(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    squares: torch.Tensor | None,
+    eps: float,
+    planes: tuple[torch.Tensor, ...],
+    after: tuple[torch.Tensor | int, ...],
+    constants: tuple[int, ...],
+    flags: tuple[bool | str | None, ...],
+    tiles: Tiles,
+) -> None:
+    """Launch ``_streamed_kernel`` for x of int8 words with their scales' bits; ``after`` and ``flags`` are its own."""
+    tokens, n = after[3], after[4]
+    width = max(1, tiles.warps * 32 // tiles.groups)  # rows of W side by side over the threads
+    assert tiles.rows % width == 0, f"{tiles} leaves threads without a row"
+    grid = (triton.cdiv(n, tiles.rows), triton.cdiv(tokens, tiles.tokens))
+    _streamed_kernel[grid](
+        x, scale, squares if squares is not None else planes[2], eps, *planes, *after, *constants,
+        tiles.rows // width, width, tiles.groups, tiles.tokens, squares.shape[1] if squares is not None else 0, *flags,
+        num_warps=tiles.warps, **launch_options(x.device),
+    )  # fmt: skip
 
 
 def _gemm(

@@ -214,6 +214,13 @@ def pair_sums(
 
 
 @triton.jit
+def head_norm(squares, row, g, inside, K: tl.constexpr, HEADS: tl.constexpr, eps):
+    """What the norm of their head scales groups g of x by, where whoever made x left that out."""
+    q0, q1, q2, q3 = load_floats(squares + row * (4 * HEADS) + g // (K // 32 // HEADS) * 4, inside)
+    return tl.rsqrt((q0 + q1 + q2 + q3) / (K // HEADS) + eps)
+
+
+@triton.jit
 def _resident_kernel(
     x, stride_x, norm, squares, eps, words, high, d, m, sub_d, sub_m, bias, residual, out, M, N, K: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
@@ -257,10 +264,7 @@ def _resident_kernel(
     scale_lower = low * (1.0 / 127.0)
     scale_upper = upp * (1.0 / 127.0)
     if HEADS > 0:
-        # Whoever made x left out the norm of its heads: that scales their columns.
-        parts = squares + row * (4 * HEADS) + g // (KG // HEADS) * 4
-        q0, q1, q2, q3 = load_floats(parts, inside)
-        head = tl.rsqrt((q0 + q1 + q2 + q3) / (K // HEADS) + eps)
+        head = head_norm(squares, row, g, inside, K, HEADS, eps)
         scale_lower *= head
         scale_upper *= head
     sum_lower = scale_lower
@@ -307,9 +311,9 @@ def _resident_kernel(
 
 @triton.jit
 def _streamed_kernel(
-    x_words, x_scales, words, high, d, m, sub_d, sub_m, bias, residual, out, M, N, K: tl.constexpr,
+    x_words, x_scales, squares, eps, words, high, d, m, sub_d, sub_m, bias, residual, out, M, N, K: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, NG: tl.constexpr, ROWS: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, NG: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     trigger(PDL)
@@ -341,6 +345,8 @@ def _streamed_kernel(
         w0, w1, w2, w3 = load_words(x_words + at * 8, inside)
         w4, w5, w6, w7 = load_words(x_words + at * 8 + 4, inside)
         scale = load_word(x_scales + at, inside).to(tl.float32, bitcast=True)
+        if HEADS > 0:
+            scale *= head_norm(squares, row, step * NG + lane, inside, K, HEADS, eps)
         if STEPS > 1:  # groups of a step beyond the last read as zeros, without a load
             ahead = (step + 1) * NG + g
             next_tile = load_tile(words, high, d, m, sub_d, sub_m, rows, ahead, KG, BITS, SUPER, MIN, SUB)
