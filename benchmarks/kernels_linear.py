@@ -34,7 +34,10 @@ COPIES_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Product:
-    """One product: N (of the result), K, rows of x, and what is fused with it; heads: of x, whose norm comes late."""
+    """One product: N (of the result), K, rows of x, and what is fused with it; heads: of x, whose norm comes late.
+
+    rounded: x is int8 already.
+    """
 
     kind: str
     n: int
@@ -44,10 +47,11 @@ class Product:
     residual: bool = False
     gated: bool = False
     heads: int = 0
+    rounded: bool = False
 
     @property
     def key(self) -> str:
-        return linear_key(self.kind, self.n, self.k, self.m, self.gated)
+        return linear_key(self.kind, self.n, self.k, self.m, self.gated) + (" int8" if self.rounded else "")
 
 
 def random_weight(name: str, n: int, k: int) -> BlockWeight:
@@ -117,10 +121,19 @@ class Bench:
         self.squares = torch.rand(p.m, p.heads, 4, device=CUDA) if p.heads else None
         if p.heads:
             self.x = self.x.bfloat16()
+        self.x8 = torch.randint(-127, 128, (p.m, p.k), dtype=torch.int8, device=CUDA)
+        self.scale = torch.rand(p.m, p.k // 32, device=CUDA)
         self.out_dtype = self.x.dtype if p.m > 8 and not p.residual else torch.float32
 
     def call(self, weight: BlockWeight, tiles: Tiles | None) -> torch.Tensor:
         w = weight
+        if self.product.rounded:
+            rounded = load("ostinato.kernels.block_linear.triton:int8_linear")
+            result: torch.Tensor = rounded(
+                self.x8, self.scale, w.words, w.d, w.high, w.m, w.sub_d, w.sub_m, w.kind.name, self.squares, 1e-6,
+                self.residual, tiles,
+            )  # fmt: skip
+            return result
         launch = load("ostinato.kernels.block_linear.triton:block_linear")
         gated = "silu" if self.product.gated else None
         found: torch.Tensor = launch(
@@ -142,7 +155,9 @@ def candidates(p: Product) -> Iterator[Tiles]:
     chunks = [t for t in (1, 2, 4, 8) if t == min(top, 8) or (top <= 8 and top > t >= 2) or (top > 8 and t == 4)]
     int8 = p.m <= 16 or n * p.k <= 2**21
     for tokens in chunks if int8 else []:
-        for rows, warps, repeats in itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8)):
+        for rows, warps, repeats in (
+            () if p.rounded else itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8))
+        ):
             slots = rows * groups * 4 / (32 * warps) * (2 if p.gated else 1)  # of a thread
             programs = n / (rows * repeats) * max(1, p.m / tokens)
             if (
@@ -225,6 +240,7 @@ def qwen35(ms: tuple[int, ...]) -> list[Product]:
         for product in (
             Product("I4_128", 12288, 2048, m, norm=True),
             Product("I4_128", 2048, 4096, m, residual=True, heads=32 if m == 1 else 0),
+            *([Product("I4_128", 2048, 4096, 1, residual=True, heads=32, rounded=True)] if m == 1 else []),
             Product("I4_128", 9216, 2048, m, norm=True),
             Product("I6_64", 248320, 2048, m, norm=True),
         )
