@@ -126,6 +126,7 @@ class LLM:
         dtype: str = "auto",
         quant: str | None = None,
         kv: str = "auto",
+        state: str = "float32",
         context: int | None = None,
         max_batch: int = 1,
         chunk: int | None = None,
@@ -151,7 +152,7 @@ class LLM:
         else:
             tokenizer = Tokenizer.from_directory(opened.directory)
             template = ChatTemplate.from_directory(opened.directory)
-        config = EngineConfig(device, dtype, kv, context, max_batch, chunk, graphs)
+        config = EngineConfig(device, dtype, kv, context, max_batch, chunk, graphs, state)
         with reading(opened):
             loaded = load_engine(opened, config)
         return cls(loaded, describe(opened), tokenizer, template)

@@ -60,6 +60,9 @@ def bench(
     random: Annotated[
         str | None, typer.Option(metavar="NAME", help="A well-known model's full shape with random weights.")
     ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompts to read, in tokens; 0 for none. [default: those of --context]")
+    ] = None,
     new: Annotated[int, typer.Option(help="Tokens to decode in each measurement.")] = 128,
     repeats: Annotated[int, typer.Option(help="Measurements of each point, after one that does not count.")] = 5,
     temperature: options.Temperature = 0.8,
@@ -69,11 +72,14 @@ def bench(
     dtype: options.DType = "auto",
     quant: options.Quant = None,
     kv: options.KV = "auto",
+    state: options.State = "float32",
     threads: options.Threads = None,
     graphs: options.Graphs = True,
+    eager: Annotated[bool, typer.Option("--eager/--no-eager", help="Measure the eager step beside the graph.")] = True,
 ) -> None:
     """Median and spread of decode and prefill, memory, bytes per token, fraction of the bandwidth; graph and eager."""
     contexts, batches = _numbers("--context", context), _numbers("--batch", batch)
+    prompts = contexts if prompt is None else [] if prompt == "0" else _numbers("--prompt", prompt)
     _check(model, random, new, repeats, threads, plot)
     if random is not None and quant is not None:
         raise UsageError("--random NAME has types of its own: leave --quant out")
@@ -84,11 +90,12 @@ def bench(
         opened = RandomCheckpoint(random)
     else:
         opened = quantizing(resolve(model, progress()).open(), quant, progress())
-    config = EngineConfig(device, dtype, kv, max(contexts) + new + 1, max(batches), graphs=graphs)
+    room = max(max(contexts) + new, *prompts, 0) + 2
+    config = EngineConfig(device, dtype, kv, room, max(batches), graphs=graphs, state=state)
     with reading(opened):
         loaded = load_engine(opened, config)
     try:
-        result = _measure(opened, loaded, contexts, batches, new, repeats, temperature, graphs)
+        result = _measure(opened, loaded, contexts, batches, prompts, new, repeats, temperature, graphs, eager)
     finally:
         loaded.runner.close()
     print(_as_text(result))
@@ -130,13 +137,16 @@ def _measure(
     loaded: Loaded,
     contexts: list[int],
     batches: list[int],
+    prompts: list[int],
     new: int,
     repeats: int,
     temperature: float,
     graphs: bool,
+    eager: bool,
 ) -> Result:
     on_gpu = loaded.device.type == "cuda"
-    ways = [True, False] if on_gpu and graphs else [False]
+    captured = on_gpu and graphs
+    ways = [True, False] if captured and eager else [captured]
     bandwidth = read_bandwidth(loaded.device)
     decode = []
     for depth in contexts:
@@ -157,7 +167,7 @@ def _measure(
                     )
                 )
     prefill = []
-    for depth in contexts:
+    for depth in prompts:
         _note(f"prefill: {depth} tokens")
         prefill.append(measure_prefill(loaded, tokens=depth, repeats=repeats))
     return Result(
@@ -206,17 +216,23 @@ def _as_text(result: Result) -> str:
         f"{point.tokens_per_s.median / eager.tokens_per_s.median:.2f} times as fast as eager"
         for point, eager in pairs
     ]
-    lines.append("")
-    lines.append(
-        table(
-            ["prompt", "tokens/s", "low – high", "first token"],
-            [
-                [str(p.tokens), f"{p.tokens_per_s.median:,.1f}", _range(p.tokens_per_s), f"{p.first_token_ms:.1f} ms"]
-                for p in result.prefill
-            ],
-            right=(0, 1, 2, 3),
+    if result.prefill:
+        lines.append("")
+        lines.append(
+            table(
+                ["prompt", "tokens/s", "low – high", "first token"],
+                [
+                    [
+                        str(p.tokens),
+                        f"{p.tokens_per_s.median:,.1f}",
+                        _range(p.tokens_per_s),
+                        f"{p.first_token_ms:.1f} ms",
+                    ]
+                    for p in result.prefill
+                ],
+                right=(0, 1, 2, 3),
+            )
         )
-    )
     return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ Quant = Annotated[
     typer.Option("--quant", help="Quantize a checkpoint's matrices as they are read: int4, int4-g32, -g64 or -g128."),
 ]
 KV = Annotated[str, typer.Option("--kv", help="How keys and values are kept.")]
+State = Annotated[str, typer.Option("--state", help="How recurrent state is kept: float32 or bfloat16.")]
 Context = Annotated[int | None, typer.Option(help="Room for prompt and answer, in tokens. [default: what fits]")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. [default: the machine's cores]")]
 Graphs = Annotated[bool, typer.Option("--graphs/--no-graphs", help="Capture the step as a CUDA graph.")]

@@ -47,6 +47,17 @@ def test_table_json_and_plot(tiny: str, capsys: Capture, tmp_path: Path) -> None
     assert len(drawing.findall(f"{SVG}polyline")) == 2  # one for each batch
 
 
+@pytest.mark.parametrize(("prompts", "found"), [("0", []), ("8,24", [8, 24])])
+def test_prompts_have_lengths_of_their_own(
+    prompts: str, found: list[int], tiny: str, capsys: Capture, tmp_path: Path
+) -> None:
+    file = tmp_path / "figures.json"
+    arguments = [tiny, "--context", "16", "--new", "2", "--repeats", "1", "--device", "cpu", "--prompt", prompts]
+    assert execute(["bench", *arguments, "--json", str(file)]) == 0
+    assert [p["tokens"] for p in json.loads(file.read_text())["prefill"]] == found
+    assert ("first token" in capsys.readouterr().out) == bool(found)
+
+
 def test_graph_against_eager() -> None:
     def point(graph: bool, rate: float) -> DecodePoint:
         return DecodePoint(512, 1, graph, Spread(rate, rate, rate), 1e3 / rate, 100, 0.5, 1 << 30)
@@ -63,6 +74,7 @@ def test_graph_against_eager() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--state", "int3"], "--state int3 is not known; use float32, bfloat16"),
         (["--context", "12,x"], "--context takes whole numbers"),
         (["--batch", "0"], "--batch takes numbers of at least 1"),
         (["--random", "qwen3-8b"], "either MODEL or --random"),

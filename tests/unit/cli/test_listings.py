@@ -56,8 +56,11 @@ def test_inspect_a_model_with_recurrent_layers(tmp_path: Path, capsys: Capture) 
     shown = capsys.readouterr().out
     assert "qwen3_5_moe_text, safetensors" in shown
     # One layer of attention: key and value × 2 heads × 32 × 2 bytes × 100 tokens. Two delta nets: a convolution over 4
-    # tokens of 128 channels and 4 heads of 16 × 16, 4 bytes each.
-    assert f"KV in bf16 {size(2 * 2 * 32 * 2 * 100)} + recurrent state {size(2 * 4 * (4 * 128 + 4 * 256))} = " in shown
+    # tokens of 128 channels, 4 heads of 16 × 16 and their last two changes of 16 + 16 + 1, 4 bytes each.
+    assert (
+        f"KV in bf16 {size(2 * 2 * 32 * 2 * 100)} + recurrent state {size(2 * 4 * (4 * 128 + 4 * 256 + 2 * 4 * 33))} = "
+        in shown
+    )
 
 
 def test_inspect_mistakes(tiny: str, capsys: Capture, tmp_path: Path) -> None:
