@@ -24,6 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 from ostinato.kernels.delta.decode.triton import Tiling, delta_decode
 from ostinato.kernels.delta.prefill.triton import Plan, delta_prefill
 from ostinato.kernels.delta.ref import delta_decode_ref, delta_prefill_ref
+from ostinato.kv.recurrent import RecurrentState
+from ostinato.layers.batch import Batch
+from ostinato.layers.delta_net import DeltaNet
+from ostinato.layers.linear import Linear, Norm
+from ostinato.quant.blocks import KINDS, BlockWeight
 
 CUDA = torch.device("cuda")
 KEY_HEADS, VALUE_HEADS, DIM, HIDDEN, WIDTH = 16, 32, 128, 2048, 4
@@ -74,6 +79,7 @@ def layer(slots: int, dtype: torch.dtype) -> dict[str, Any]:
         "eps": 1e-6,
         "conv_state": torch.randn(slots, WIDTH, CHANNELS, device=CUDA),
         "state": torch.randn(slots, VALUE_HEADS, DIM, DIM, device=CUDA) * 0.1,
+        "pending": torch.rand(slots, 2, VALUE_HEADS, 2 * DIM + 1, device=CUDA) * 0.1,
     }
 
 
@@ -114,10 +120,52 @@ def decode_cases(rows: int, tilings: list[Tiling | None]) -> Iterator[Case]:
                 ours, theirs = copied(x | layers[0]), copied(x | layers[0])
                 y, _ = delta_decode(**ours, **HEADS, defer_norm=defer, prefetch=False, tiling=tiling)
                 expected, _ = delta_decode_ref(**theirs, **HEADS, defer_norm=defer)
-                return max(distance(y, expected), distance(ours["state"], theirs["state"]))
+                return max(distance(y, expected), *(distance(ours[n], theirs[n]) for n in ("state", "pending")))
 
             name = f"decode, {rows} rows{', deferred norm' if defer else ''}, {tiling or 'chosen'}"
             yield Case(name, call, max(30, len(layers)), rows * 2 * STATE_BYTES, error)
+
+
+def random_linear(rows: int, columns: int) -> Linear:
+    """Random four-bit weights in groups of 128."""
+    bits = torch.randint(-(2**31), 2**31 - 1, (rows, columns // 8), dtype=torch.int32, device=CUDA)
+    step, least = ((torch.rand(rows, columns // 128, device=CUDA) * 0.003).half() for _ in range(2))
+    weight = BlockWeight(KINDS["I4_128"], (rows, columns), bits, step, m=least)
+    return Linear((weight,))
+
+
+def mixer_cases() -> Iterator[Case]:
+    """One row through whole layers: input projection, rule, output projection, and the same without one or two."""
+    x = inputs(1, torch.bfloat16)
+    zero, one = (torch.full((1,), i, device=CUDA, dtype=torch.int32) for i in range(2))
+    batch = Batch(zero, one * 500, zero, True, one)
+    layers = []
+    for _ in range(30):
+        w = layer(1, torch.bfloat16)
+        net = DeltaNet(
+            Norm(w["norm"], 1e-6), random_linear(CHANNELS + VALUE_HEADS * DIM, HIDDEN), w["beta_alpha"],
+            w["conv_weight"], w["a_log"], w["dt_bias"], Norm(w["gate_norm"], 1e-6),
+            random_linear(HIDDEN, VALUE_HEADS * DIM), KEY_HEADS, VALUE_HEADS, False,
+        )  # fmt: skip
+        layers.append((net, RecurrentState(w["conv_state"], w["state"], w["pending"])))
+
+    def project(i: int) -> torch.Tensor:
+        net = layers[i % 30][0]
+        return net.in_proj(x["h"], norm=net.norm, out_dtype=torch.bfloat16)
+
+    def rule(i: int) -> object:
+        net, state = layers[i % 30]
+        return net.rule(project(i), x["h"], batch, state)
+
+    def whole(i: int) -> torch.Tensor:
+        net, state = layers[i % 30]
+        return net(x["h"], batch, state, torch.bfloat16)
+
+    calls: dict[str, Callable[[int], object]] = {
+        "input projection": project, "input projection and rule": rule, "whole mixer": whole,
+    }  # fmt: skip
+    for name, call in calls.items():
+        yield Case(f"mixer, 1 row, {name}", call, 30, 0, lambda: 0.0)
 
 
 def prefill_cases(tokens: int, plans: list[Plan | None], dtype: torch.dtype, short: int) -> Iterator[Case]:
@@ -142,6 +190,7 @@ def prefill_cases(tokens: int, plans: list[Plan | None], dtype: torch.dtype, sho
 
 
 def cases(tune: bool) -> Iterator[Case]:
+    yield from mixer_cases()
     for rows in (1, 2, 4, 8, 16, 32, 64):
         tilings: list[Tiling | None] = [None]
         if tune:
@@ -174,16 +223,17 @@ def cases(tune: bool) -> Iterator[Case]:
 
 
 def list_kernels() -> None:
-    """The time of each kernel of a prefill of 4,096 tokens."""
-    (case,) = prefill_cases(4096, [None], torch.bfloat16, 16)
-    for i in range(4):
-        case.call(i)
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for i in range(8):
+    """The time of each kernel of a prefill."""
+    for tokens in (4, 16, 64, 4096):
+        (case,) = prefill_cases(tokens, [None], torch.bfloat16, 16)
+        for i in range(4):
             case.call(i)
-        torch.cuda.synchronize()
-    for entry in found.key_averages():
-        print(f"{entry.key}: {entry.device_time:.1f} us", flush=True)
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for i in range(8):
+                case.call(i)
+            torch.cuda.synchronize()
+        for entry in found.key_averages():
+            print(f"{tokens} tokens, {entry.key}: {entry.device_time:.1f} us", flush=True)
 
 
 def main() -> None:

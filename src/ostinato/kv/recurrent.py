@@ -26,9 +26,10 @@ class RecurrentSpec:
         return 0
 
     def bytes_per_slot(self, dtype: torch.dtype) -> int:
-        """Bytes for one sequence with matrices of ``dtype``; the convolution's inputs are float32."""
+        """Bytes for one sequence with matrices of ``dtype``; the rest is float32."""
         conv = 4 * self.conv_channels * self.conv_width
-        return conv + dtype.itemsize * self.num_heads * self.key_dim * self.value_dim
+        pending = 4 * 2 * self.num_heads * (self.key_dim + self.value_dim + 1)
+        return conv + pending + dtype.itemsize * self.num_heads * self.key_dim * self.value_dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,18 +38,24 @@ class RecurrentState:
 
     conv: float32 [S, conv_width, conv_channels], a ring: entry p % conv_width holds the inputs at position p.
     state: float32 or bfloat16 [S, num_heads, key_dim, value_dim].
+    pending: float32 [S, 2, num_heads, key_dim + value_dim + 1], what the last token does to ``state`` and is not yet in
+    it: key, change and decay; entry p % 2 is that of position p.
     """
 
     conv: torch.Tensor
     state: torch.Tensor
+    pending: torch.Tensor
 
     @classmethod
     def allocate(cls, spec: RecurrentSpec, num_slots: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
         conv = (num_slots, spec.conv_width, spec.conv_channels)
         state = (num_slots, spec.num_heads, spec.key_dim, spec.value_dim)
+        pending = (num_slots, 2, spec.num_heads, spec.key_dim + spec.value_dim + 1)
         return cls(
-            torch.zeros(conv, dtype=torch.float32, device=device), torch.zeros(state, dtype=dtype, device=device)
+            torch.zeros(conv, dtype=torch.float32, device=device),
+            torch.zeros(state, dtype=dtype, device=device),
+            torch.zeros(pending, dtype=torch.float32, device=device),
         )
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.conv, self.state
+        return self.conv, self.state, self.pending

@@ -56,7 +56,7 @@ class DeltaNet:
             self.gate_norm.weight,
             self.gate_norm.eps,
         )
-        place = (state.conv, state.state, batch.slots, batch.positions)
+        place = (state.conv, state.state, state.pending, batch.slots, batch.positions)
         if not batch.decode:
             y = delta_prefill(
                 qkvz,

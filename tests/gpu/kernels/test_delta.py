@@ -6,7 +6,7 @@ import torch
 from ostinato.kernels.delta import delta_decode, delta_prefill
 from ostinato.kernels.delta.ref import delta_decode_ref, delta_prefill_ref
 
-from ...unit.kernels.deltas import arguments, copied, distance, int32, with_past
+from ...unit.kernels.deltas import arguments, copied, distance, int32, rows_of, settled, with_past
 
 pytestmark = pytest.mark.gpu
 
@@ -17,19 +17,12 @@ BFLOAT16 = 4e-3
 SIZES = {"key_heads": 16, "value_heads": 32, "key_dim": 128, "value_dim": 128, "hidden": 2048}
 
 
-def part(given: dict, first: int, stop: int, slot: int = 1) -> dict:
-    """The rows first … stop - 1 of ``given``, at these positions of a slot."""
-    rows = {name: given[name][first:stop] for name in ("qkvz", "h")}
-    place = {"slots": int32(*[slot] * (stop - first)), "positions": int32(*range(first, stop))}
-    return given | rows | {name: v.cuda() for name, v in place.items()}
-
-
-def same_states(ours: dict, theirs: dict, tolerance: float, slot: int = 1) -> None:
-    """Entries of the ring that no token has reached stay poisoned."""
-    for name in ("conv_state", "state"):
-        mine, other = ours[name][slot], theirs[name][slot]
-        assert torch.equal(mine.isnan(), other.isnan()), name
-        assert distance(mine.nan_to_num(0.0), other.nan_to_num(0.0)) < tolerance, name
+def same_states(ours: dict, theirs: dict, position: int, tolerance: float, slot: int = 1) -> None:
+    """The states before ``position``. Entries of the ring that no token has reached stay poisoned."""
+    assert distance(settled(ours, position, slot), settled(theirs, position, slot)) < tolerance
+    mine, other = ours["conv_state"][slot], theirs["conv_state"][slot]
+    assert torch.equal(mine.isnan(), other.isnan())
+    assert distance(mine.nan_to_num(0.0), other.nan_to_num(0.0)) < tolerance
 
 
 @pytest.mark.parametrize("defer_norm", [False, True])
@@ -45,7 +38,7 @@ def test_decode(rows: int, defer_norm: bool) -> None:
     assert distance(y.cpu()[chosen], expected[chosen]) < BFLOAT16
     if defer_norm:
         assert distance(squares.cpu().sum(-1)[chosen], squares_ref.sum(-1)[chosen]) < FLOAT32
-    for name in ("conv_state", "state"):
+    for name in ("conv_state", "state", "pending"):
         assert torch.equal(ours[name].cpu().isnan(), theirs[name].isnan())
         assert distance(ours[name].nan_to_num(0.0), theirs[name].nan_to_num(0.0)) < FLOAT32
 
@@ -54,8 +47,8 @@ def test_decode_in_a_graph_follows_positions_on_the_device() -> None:
     """40 tokens by replays of one graph are 40 tokens of the reference; only the first position resets the states."""
     whole = arguments(40, **SIZES, dtype=torch.bfloat16)
     ours, theirs = copied(whole, "cuda"), copied(whole, "cuda")
-    expected = delta_prefill_ref(**part(theirs, 0, 40), tiled=False)
-    step = part(ours, 0, 1)
+    expected = delta_prefill_ref(**rows_of(theirs, 0, 40), tiled=False)
+    step = rows_of(ours, 0, 1)
     step["qkvz"], step["h"] = step["qkvz"].clone(), step["h"].clone()
     delta_decode(**step, prefetch=True)
     graph = torch.cuda.CUDAGraph()
@@ -68,7 +61,7 @@ def test_decode_in_a_graph_follows_positions_on_the_device() -> None:
         y.fill_(torch.nan)
         graph.replay()
         assert distance(y, expected[t : t + 1]) < BFLOAT16, t
-    same_states(ours, theirs, 2 * FLOAT32)
+    same_states(ours, theirs, 40, 2 * FLOAT32)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 31, 32, 63, 64, 65, 128, 256, 1000])
@@ -76,31 +69,37 @@ def test_decode_in_a_graph_follows_positions_on_the_device() -> None:
 def test_prefill(tokens: int, dtype: torch.dtype) -> None:
     given = arguments(tokens, **SIZES, dtype=dtype)
     ours, theirs = copied(given, "cuda"), copied(given, "cuda")
-    y = delta_prefill(**part(ours, 0, tokens))
-    expected = delta_prefill_ref(**part(theirs, 0, tokens), tiled=False)
+    y = delta_prefill(**rows_of(ours, 0, tokens))
+    expected = delta_prefill_ref(**rows_of(theirs, 0, tokens), tiled=False)
     assert distance(y, expected) < (FLOAT32 if dtype == torch.float32 else BFLOAT16)
-    same_states(ours, theirs, FLOAT32 if dtype == torch.float32 else BFLOAT16)
+    same_states(ours, theirs, tokens, FLOAT32 if dtype == torch.float32 else BFLOAT16)
     assert ours["state"][[0, 2]].isnan().all()
+    assert torch.equal(settled(ours, tokens), ours["state"][1]), "nothing is left pending"
 
 
 @pytest.mark.parametrize("splits", [(1, 999), (64, 64, 872), (31, 32, 63, 65, 3, 2, 804), (500, 1, 1, 498)], ids=str)
 def test_any_split_gives_the_same(splits: tuple[int, ...]) -> None:
     given = arguments(1000, **SIZES, dtype=torch.float32)
     whole, parts = copied(given, "cuda"), copied(given, "cuda")
-    expected = delta_prefill(**part(whole, 0, 1000))
+    expected = delta_prefill(**rows_of(whole, 0, 1000))
     ends = [sum(splits[: i + 1]) for i in range(len(splits))]
-    got = torch.cat([delta_prefill(**part(parts, end - n, end)) for end, n in zip(ends, splits, strict=True)])
+    got = torch.cat([delta_prefill(**rows_of(parts, end - n, end)) for end, n in zip(ends, splits, strict=True)])
     assert distance(got, expected) < FLOAT32
-    same_states(parts, whole, FLOAT32)
+    same_states(parts, whole, 1000, FLOAT32)
 
 
 def test_decode_after_prefill() -> None:
     given = arguments(140, **SIZES, dtype=torch.float32)
     whole, parts = copied(given, "cuda"), copied(given, "cuda")
-    expected = delta_prefill(**part(whole, 0, 140))
-    got = [delta_prefill(**part(parts, 0, 100)), *(delta_decode(**part(parts, t, t + 1))[0] for t in range(100, 140))]
+    expected = delta_prefill(**rows_of(whole, 0, 140))
+    got = [
+        delta_prefill(**rows_of(parts, 0, 100)),
+        *(delta_decode(**rows_of(parts, t, t + 1))[0] for t in range(100, 131)),
+    ]
+    got.append(delta_prefill(**rows_of(parts, 131, 135)))
+    got += [delta_decode(**rows_of(parts, t, t + 1))[0] for t in range(135, 140)]
     assert distance(torch.cat(got), expected) < FLOAT32
-    same_states(parts, whole, FLOAT32)
+    same_states(parts, whole, 140, FLOAT32)
 
 
 def test_keys_that_are_all_alike() -> None:
@@ -110,7 +109,7 @@ def test_keys_that_are_all_alike() -> None:
     given["beta_alpha"] = torch.zeros_like(given["beta_alpha"])
     given["dt_bias"] = torch.full((32,), -9.0)
     ours, theirs = copied(given, "cuda"), copied(given, "cuda")
-    y = delta_prefill(**part(ours, 0, 200))
-    expected = delta_prefill_ref(**part(theirs, 0, 200), tiled=False)
+    y = delta_prefill(**rows_of(ours, 0, 200))
+    expected = delta_prefill_ref(**rows_of(theirs, 0, 200), tiled=False)
     assert distance(y, expected) < 1e-4
-    same_states(ours, theirs, 1e-4)
+    same_states(ours, theirs, 200, 1e-4)

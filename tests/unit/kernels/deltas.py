@@ -2,7 +2,7 @@
 
 import torch
 
-from ostinato.kernels.delta.ref import delta_prefill_ref
+from ostinato.kernels.delta.ref import delta_decode_ref, delta_prefill_ref, settled_ref
 
 
 def arguments(
@@ -32,6 +32,7 @@ def arguments(
         "eps": 1e-6,
         "conv_state": torch.full((num_slots, width, channels), torch.nan),
         "state": torch.full((num_slots, value_heads, key_dim, value_dim), torch.nan, dtype=state_dtype),
+        "pending": torch.full((num_slots, 2, value_heads, key_dim + value_dim + 1), torch.nan),
         "num_k_heads": key_heads,
         "num_v_heads": value_heads,
     }
@@ -42,7 +43,10 @@ def int32(*values: int) -> torch.Tensor:
 
 
 def with_past(given: dict, positions: list[int]) -> dict:
-    """``given`` where slot i holds the states after positions[i] random tokens; slots = 0, 1, …"""
+    """``given`` where slot i holds the states after positions[i] random tokens, of which the last is still pending.
+
+    slots = 0, 1, …
+    """
     for slot, position in enumerate(positions):
         if position:
             past = arguments(
@@ -50,8 +54,24 @@ def with_past(given: dict, positions: list[int]) -> dict:
                 given["conv_weight"].shape[0], dtype=given["qkvz"].dtype,
             )  # fmt: skip
             filled = given | {"qkvz": past["qkvz"], "h": past["h"]}
-            delta_prefill_ref(**filled, slots=int32(*[slot] * position), positions=int32(*range(position)), tiled=False)
+            if position > 1:
+                delta_prefill_ref(**rows_of(filled, 0, position - 1, slot), tiled=False)
+            delta_decode_ref(
+                **rows_of(filled, position - 1, position, slot), active=None, tiled=False, defer_norm=False
+            )
     return given | {"slots": int32(*range(len(positions))), "positions": int32(*positions)}
+
+
+def rows_of(given: dict, first: int, stop: int, slot: int = 1) -> dict:
+    """The rows first … stop - 1 of ``given``, at these positions of a slot."""
+    rows = {name: given[name][first:stop] for name in ("qkvz", "h")}
+    place = {"slots": int32(*[slot] * (stop - first)), "positions": int32(*range(first, stop))}
+    return given | rows | {name: v.to(given["h"].device) for name, v in place.items()}
+
+
+def settled(given: dict, position: int, slot: int = 1) -> torch.Tensor:
+    """The state of a slot before ``position``, with what is pending."""
+    return settled_ref(given["state"][slot], given["pending"][slot], position)
 
 
 def copied(given: dict, device: torch.device | str = "cpu") -> dict:
@@ -61,4 +81,5 @@ def copied(given: dict, device: torch.device | str = "cpu") -> dict:
 def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
     """The relative distance of two tensors; NaN or infinity anywhere fails."""
     assert got.isfinite().all()
-    return float((got.cpu().double() - expected.cpu().double()).norm() / expected.double().norm())
+    norm = expected.cpu().double().norm().clamp_min(1e-30)  # a state before its first token is zeros
+    return float((got.cpu().double() - expected.cpu().double()).norm() / norm)

@@ -11,23 +11,20 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 
 from ostinato.errors import KernelError
 from ostinato.kernels.delta import delta_decode, delta_prefill
-from ostinato.kernels.delta.ref import recurrence_ref
+from ostinato.kernels.delta.ref import recurrence_ref, settled_ref
 
-from .deltas import arguments, copied, distance, int32, with_past
+from .deltas import arguments, copied, distance, int32, rows_of, settled, with_past
 
 # Sums of at most a few hundred float32 products, taken in another order.
 FLOAT32 = 1e-5
 
 
-def prefill(given: dict, first: int, stop: int, slot: int = 1) -> torch.Tensor:
-    """Rows first … stop - 1 of ``given``, at these positions."""
-    rows = {name: given[name][first:stop] for name in ("qkvz", "h")}
-    return delta_prefill(**given | rows, slots=int32(*[slot] * (stop - first)), positions=int32(*range(first, stop)))
+def prefill(given: dict, first: int, stop: int) -> torch.Tensor:
+    return delta_prefill(**rows_of(given, first, stop))
 
 
-def decode(given: dict, row: int, slot: int = 1, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = {name: given[name][row : row + 1] for name in ("qkvz", "h")}
-    return delta_decode(**given | rows, slots=int32(slot), positions=int32(row), **options)
+def decode(given: dict, row: int) -> torch.Tensor:
+    return delta_decode(**rows_of(given, row, row + 1))[0]
 
 
 def test_the_recurrence_is_that_of_transformers() -> None:
@@ -39,9 +36,12 @@ def test_the_recurrence_is_that_of_transformers() -> None:
         q, k, x[:, 32:].view(1, 9, 4, 6), g=decay[None], beta=beta[None], initial_state=state[None].clone(),
         output_final_state=True, use_qk_l2norm_in_kernel=True,
     )  # fmt: skip
-    got = recurrence_ref(x, beta, decay, state, 5, 2, 4, False)
+    got, after, change = recurrence_ref(x, beta, decay, state, 2, 4, False)
     assert distance(got, expected[0]) < FLOAT32
-    assert distance(state, last[0]) < FLOAT32
+    assert distance(after, last[0]) < FLOAT32
+    before = recurrence_ref(x[:8], beta[:8], decay[:8], state, 2, 4, False)[1]
+    pending = torch.stack((torch.full_like(change, torch.nan), change))
+    assert distance(settled_ref(before, pending, 6), last[0]) < FLOAT32
 
 
 def test_layer_of_transformers() -> None:
@@ -70,7 +70,7 @@ def test_layer_of_transformers() -> None:
             "gate_norm": layer.norm.weight.detach(),
             "eps": config.rms_norm_eps,
         }
-        got = torch.cat([prefill(given, 0, 7), *(decode(given, t)[0] for t in range(7, 12))])
+        got = torch.cat([prefill(given, 0, 7), *(decode(given, t) for t in range(7, 12))])
         assert distance(layer.out_proj(got), torch.cat(parts)) < FLOAT32
 
 
@@ -84,7 +84,41 @@ def test_any_split_gives_the_same(splits: tuple[int, ...]) -> None:
     assert distance(got, expected) < FLOAT32
     for name in ("state", "conv_state"):
         assert distance(parts[name][1], whole[name][1]) < FLOAT32
+    for name in ("state", "conv_state", "pending"):
         assert parts[name][[0, 2]].isnan().all(), "other slots are left alone"
+
+
+def test_decoding_and_prefill_take_turns() -> None:
+    """What decoding leaves pending is found by prefill, at even and odd positions, and the other way round."""
+    given = arguments(13)
+    whole, parts = copied(given), copied(given)
+    expected = prefill(whole, 0, 13)
+    got = [decode(parts, 0), decode(parts, 1), prefill(parts, 2, 5), decode(parts, 5), prefill(parts, 6, 8)]
+    assert torch.equal(settled(parts, 8), parts["state"][1]), "prefill leaves nothing pending"
+    got += [prefill(parts, 8, 9), *(decode(parts, t) for t in range(9, 13))]
+    assert distance(torch.cat(got), expected) < FLOAT32
+    assert distance(settled(parts, 13), whole["state"][1]) < FLOAT32
+    assert distance(parts["state"][1], whole["state"][1]) > 1e-3, "the last change is not yet in the state"
+
+
+def test_an_inactive_row_loses_nothing() -> None:
+    given = arguments(6)
+    whole, parts = copied(given), copied(given)
+    expected = prefill(whole, 0, 6)
+    got = []
+    for t in range(6):
+        got.append(decode(parts, t))
+        delta_decode(**rows_of(parts, t, t + 1) | {"positions": int32(t + 1)}, active=int32(0))
+    assert distance(torch.cat(got), expected) < FLOAT32
+
+
+def test_a_new_text_in_a_used_slot() -> None:
+    """Whatever the last text left pending, also at the same positions, is no part of the next."""
+    given = arguments(5)
+    fresh, used = copied(given), with_past(copied(given), [0, 4])
+    expected = torch.cat([decode(fresh, t) for t in range(5)])
+    assert distance(torch.cat([decode(used, t) for t in range(5)]), expected) < FLOAT32
+    assert distance(prefill(with_past(copied(given), [0, 3]), 0, 5), expected) < FLOAT32
 
 
 def test_inactive_rows_leave_their_states() -> None:
@@ -92,7 +126,7 @@ def test_inactive_rows_leave_their_states() -> None:
     before = copied(given)
     y, _ = delta_decode(**given, active=int32(1, 0, 0))
     assert y[0].isfinite().all()
-    for name in ("state", "conv_state"):
+    for name in ("state", "conv_state", "pending"):
         assert torch.equal(given[name][1:].nan_to_num(7.0), before[name][1:].nan_to_num(7.0))
         assert not torch.equal(given[name][0], before[name][0])
 
@@ -133,6 +167,7 @@ def test_tiled_heads_are_a_permutation() -> None:
         ({"num_k_heads": 3}, "no multiple of 3 key heads"),
         ({"state": torch.zeros(3, 4, 16, 16, dtype=torch.float16)}, "float32 or bfloat16"),
         ({"conv_state": torch.zeros(3, 3, 128)}, r"conv_state \[3, 4, 128\]"),
+        ({"pending": torch.zeros(3, 2, 4, 32)}, r"pending \[3, 2, 4, 33\]"),
         ({"h": torch.zeros(1, 24)}, r"contiguous h \[2, 24\]"),
         ({"slots": torch.zeros(2, dtype=torch.int64)}, r"slots \[2\] of int32"),
         ({"gate_norm": torch.zeros(16, device="meta")}, "gate_norm on meta"),

@@ -35,7 +35,7 @@ def compare(
     y = launch(**got, tiled=tiled, plan=plan, short=short)
     assert y.dtype == y_ref.dtype
     assert distance(y, y_ref) < tolerance
-    for name in ("conv_state", "state"):
+    for name in ("conv_state", "state", "pending"):
         ours, theirs = got[name].cpu().float(), expected[name].float()
         assert torch.equal(ours.isnan(), theirs.isnan()), f"{name}: entries of others were written, or own ones not"
         assert distance(ours.nan_to_num(0.0), theirs.nan_to_num(0.0)) < tolerance, name
@@ -62,6 +62,13 @@ def test_odd_sizes(key_dim: int, value_dim: int, hidden: int, width: int, tiled:
     given = arguments(20, 3, 6, key_dim, value_dim, hidden, width)
     compare(copied(given), 4, device, tiled=tiled)
     compare(given, 1, device, tiled=tiled, short=32)
+
+
+@pytest.mark.parametrize("gate_steps", [1, 2])
+@pytest.mark.parametrize("rows", [3, 18])
+def test_gates_summed_in_parts(rows: int, gate_steps: int, device: torch.device) -> None:
+    given = arguments(rows, 1, 2, 8, 8, hidden=300)
+    compare(given, 1, device, plan=Plan("tf32x3", torch.float32, 16, 4, 1, gate_steps=gate_steps))
 
 
 def test_bfloat16(device: torch.device) -> None:

@@ -27,6 +27,7 @@ def delta_decode(
     eps: float,
     conv_state: torch.Tensor,
     state: torch.Tensor,
+    pending: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor,
     active: torch.Tensor | None = None,
@@ -37,31 +38,36 @@ def delta_decode(
     defer_norm: bool = False,
     prefetch: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token of each row's slot, in one kernel; both states are written in place at ``slots``.
+    """One token of each row's slot, in one kernel; conv_state, state and pending are written in place at ``slots``.
 
     qkvz: [M, 2 Hk Dk + 2 Hv Dv] floats, q | k | v | z of the input projection. h: float32 [M, H], the residual stream,
     whose rms_norm(h, norm, norm_eps) times beta_alpha ([2 Hv, H]: b rows, then a rows) gives the gates.
     conv_weight: float32 [W, C] over the channels of q | k | v, the oldest tap first.
     a_log, dt_bias: float32 [Hv]. gate_norm: float32 [Dv].
     conv_state: float32 [S, W, C], a ring: entry p % W holds the inputs at position p.
-    state: float32 or bfloat16 [S, Hv, Dk, Dv]. slots, positions: int32 [M]. A row at position 0 starts from nothing,
-    whatever its states hold. active: int32 [M]; a row of 0 leaves its states alone, and its result means nothing.
-    No two active rows may share a slot. Value head j takes key head j // (Hv / Hk), or j % Hk if ``tiled``.
+    state: float32 or bfloat16 [S, Hv, Dk, Dv].
+    pending: float32 [S, 2, Hv, Dk + Dv + 1]; entry p % 2 holds key | change | decay of the token at position p. What p
+    tokens leave is state * decay + key changeᵀ with entry (p - 1) % 2: the call for position p writes that to
+    ``state``, and its own change to ``pending``.
+    slots, positions: int32 [M]. A row at position 0 starts from nothing, whatever its states hold. active: int32 [M]; a
+    row of 0 leaves its states alone, and its result means nothing. No two active rows may share a slot. Value head j
+    takes key head j // (Hv / Hk), or j % Hk if ``tiled``.
 
     Returns (y, squares). y: [M, Hv Dv] in qkvz's dtype, rms_norm(o, gate_norm, eps) * silu(z); squares is empty.
     With ``defer_norm`` y is o * gate_norm * silu(z) and squares float32 [M, Hv, 4] has parts of the sum of o² of a
     head, so that several programs may share it: what follows multiplies by rsqrt(squares.sum(-1) / Dv + eps).
-    prefetch: a promise that no kernel has written the states, slots, positions or active since the last full
-    dependency of the stream (the start of a step); the kernel then reads them while the one before it still runs.
+    prefetch: a promise that no kernel has read or written the states, or written slots, positions or active, since the
+    last full dependency of the stream (the start of a step); the kernel then reads them all and writes ``state`` while
+    the one before it still runs.
     Raises KernelError.
     """
     _check(
-        "delta_decode", qkvz, h, norm, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, conv_state, state, slots,
-        positions, active, num_k_heads, num_v_heads,
+        "delta_decode", qkvz, h, norm, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, conv_state, state,
+        pending, slots, positions, active, num_k_heads, num_v_heads,
     )  # fmt: skip
     values = (
-        qkvz, h, norm, norm_eps, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, eps, conv_state, state, slots,
-        positions, active, num_k_heads, num_v_heads, tiled, defer_norm,
+        qkvz, h, norm, norm_eps, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, eps, conv_state, state,
+        pending, slots, positions, active, num_k_heads, num_v_heads, tiled, defer_norm,
     )  # fmt: skip
     if qkvz.device.type == "cpu":
         return delta_decode_ref(*values)
@@ -82,6 +88,7 @@ def delta_prefill(
     eps: float,
     conv_state: torch.Tensor,
     state: torch.Tensor,
+    pending: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor,
     *,
@@ -92,16 +99,17 @@ def delta_prefill(
     """T consecutive tokens of one slot, by chunks; arguments as for ``delta_decode``, with T for M.
 
     slots and positions: int32 [T]; the first of each is read. Starts from the slot's states, or from nothing where
-    positions[0] is 0, and leaves them as T calls of ``delta_decode`` would. Returns y [T, Hv Dv] in qkvz's dtype.
+    positions[0] is 0, and leaves them as T calls of ``delta_decode`` would, but with nothing pending: all of it is in
+    ``state``. Returns y [T, Hv Dv] in qkvz's dtype.
     Raises KernelError.
     """
     _check(
-        "delta_prefill", qkvz, h, norm, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, conv_state, state, slots,
-        positions, None, num_k_heads, num_v_heads,
+        "delta_prefill", qkvz, h, norm, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, conv_state, state,
+        pending, slots, positions, None, num_k_heads, num_v_heads,
     )  # fmt: skip
     values = (
-        qkvz, h, norm, norm_eps, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, eps, conv_state, state, slots,
-        positions, num_k_heads, num_v_heads, tiled,
+        qkvz, h, norm, norm_eps, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, eps, conv_state, state,
+        pending, slots, positions, num_k_heads, num_v_heads, tiled,
     )  # fmt: skip
     if qkvz.device.type == "cpu":
         return delta_prefill_ref(*values)
@@ -121,6 +129,7 @@ def _check(
     gate_norm: torch.Tensor,
     conv_state: torch.Tensor,
     state: torch.Tensor,
+    pending: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor,
     active: torch.Tensor | None,
@@ -155,6 +164,7 @@ def _check(
         "gate_norm": (gate_norm, (value_dim,), float32),
         "conv_state": (conv_state, (num_slots, width, channels), float32),
         "state": (state, tuple(state.shape), STATES),
+        "pending": (pending, (num_slots, 2, num_v_heads, key_dim + value_dim + 1), float32),
         "slots": (slots, (rows,), (torch.int32,)),
         "positions": (positions, (rows,), (torch.int32,)),
     }
@@ -175,7 +185,7 @@ def _decode_cpu(*values: object) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _decode_fake(qkvz: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
-    state, num_v_heads, defer_norm = rest[10], rest[15], rest[17]
+    state, num_v_heads, defer_norm = rest[10], rest[16], rest[18]
     assert isinstance(state, torch.Tensor)
     assert isinstance(num_v_heads, int)
     shape = (qkvz.shape[0], num_v_heads, PARTS) if defer_norm else (0,)
@@ -191,8 +201,8 @@ def _prefill_fake(qkvz: torch.Tensor, *rest: object) -> torch.Tensor:
 
 _ARGUMENTS = (
     "Tensor qkvz, Tensor h, Tensor norm, float norm_eps, Tensor beta_alpha, Tensor conv_weight, Tensor a_log,"
-    " Tensor dt_bias, Tensor gate_norm, float eps, Tensor(a!) conv_state, Tensor(b!) state, Tensor slots,"
-    " Tensor positions"
+    " Tensor dt_bias, Tensor gate_norm, float eps, Tensor(a!) conv_state, Tensor(b!) state,"
+    " Tensor(c!) pending, Tensor slots, Tensor positions"
 )
 _delta_decode = register(
     f"delta_decode({_ARGUMENTS}, Tensor? active, int num_k_heads, int num_v_heads, bool tiled, bool defer_norm,"

@@ -2,6 +2,9 @@
 
 Source: "Gated Delta Networks: Improving Mamba2 with Delta Rule" (arXiv 2412.06464), with the convolution, norms and
 gates as ``Qwen3_5MoeGatedDeltaNet`` of transformers has them. Everything is float32.
+
+A decoded token leaves the state as it found it and its own change beside it, which the next token's call adds first: so
+the kernel has no state to write while the next kernel waits for its result.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ def delta_decode_ref(
     eps: float,
     conv_state: torch.Tensor,
     state: torch.Tensor,
+    pending: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor,
     active: torch.Tensor | None,
@@ -41,11 +45,15 @@ def delta_decode_ref(
     rows = []
     for m, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         runs = active is None or bool(active[m])
-        conv, matrix = conv_state[slot], state[slot]
+        conv, matrix, changes = conv_state[slot], state[slot], pending[slot]
         if not runs:  # computed all the same, on copies
-            conv, matrix = conv.clone(), matrix.clone()
+            conv, matrix, changes = conv.clone(), matrix.clone(), changes.clone()
         x = convolve_ref(qkvz[m : m + 1], conv_weight, conv, position)
-        o = recurrence_ref(x, beta[m : m + 1], decay[m : m + 1], matrix, position, num_k_heads, num_v_heads, tiled)
+        before = settled_ref(matrix, changes, position)
+        gates = (beta[m : m + 1], decay[m : m + 1])
+        o, _, last = recurrence_ref(x, *gates, before, num_k_heads, num_v_heads, tiled)
+        matrix.copy_(before)
+        changes[position % 2] = last
         rows.append(o)
     o = torch.cat(rows)
     gate = F.silu(qkvz[:, conv_weight.shape[1] :].float()).view_as(o)
@@ -70,6 +78,7 @@ def delta_prefill_ref(
     eps: float,
     conv_state: torch.Tensor,
     state: torch.Tensor,
+    pending: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor,
     num_k_heads: int,
@@ -80,7 +89,12 @@ def delta_prefill_ref(
     beta, decay = gates_ref(h, norm, norm_eps, beta_alpha, a_log, dt_bias)
     slot, position = int(slots[0]), int(positions[0])
     x = convolve_ref(qkvz, conv_weight, conv_state[slot], position)
-    o = recurrence_ref(x, beta, decay, state[slot], position, num_k_heads, num_v_heads, tiled)
+    before = settled_ref(state[slot], pending[slot], position)
+    o, after, _ = recurrence_ref(x, beta, decay, before, num_k_heads, num_v_heads, tiled)
+    state[slot].copy_(after)
+    nothing = pending[slot, (position + len(h) - 1) % 2]  # the state has it all
+    nothing[:, :-1] = 0.0
+    nothing[:, -1] = 1.0
     gate = F.silu(qkvz[:, conv_weight.shape[1] :].float()).view_as(o)
     return (rms_norm_ref(o, gate_norm, eps, torch.float32) * gate).flatten(1).to(qkvz.dtype)
 
@@ -112,33 +126,45 @@ def convolve_ref(qkvz: torch.Tensor, conv_weight: torch.Tensor, ring: torch.Tens
     return F.silu(sum(known[t : t + len(x)] * conv_weight[t] for t in range(width)))  # type: ignore[arg-type]  # no int
 
 
+def settled_ref(state: torch.Tensor, pending: torch.Tensor, position: int) -> torch.Tensor:
+    """The state before ``position``, float32 [Hv, Dk, Dv], of one slot's state and pending changes."""
+    key_dim, value_dim = state.shape[1:]
+    if not position:
+        return torch.zeros_like(state, dtype=torch.float32)
+    key, change, decay = torch.split(pending[(position - 1) % 2], [key_dim, value_dim, 1], dim=1)
+    return state.float() * decay[:, :, None] + key[:, :, None] * change[:, None, :]
+
+
 def recurrence_ref(
     x: torch.Tensor,
     beta: torch.Tensor,
     decay: torch.Tensor,
-    state: torch.Tensor,
-    position: int,
+    matrix: torch.Tensor,
     num_k_heads: int,
     num_v_heads: int,
     tiled: bool,
-) -> torch.Tensor:
-    """o [T, Hv, Dv] of the delta rule over x [T, C]; state [Hv, Dk, Dv] is written in place."""
-    key_dim, value_dim = state.shape[1:]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The delta rule over x [T, C] from ``matrix`` float32 [Hv, Dk, Dv] on.
+
+    Returns o [T, Hv, Dv], the matrix after the last token, and what that token did to it: key | change | decay,
+    [Hv, Dk + Dv + 1].
+    """
+    key_dim, value_dim = matrix.shape[1:]
     q, k, v = torch.split(x, [num_k_heads * key_dim, num_k_heads * key_dim, num_v_heads * value_dim], dim=1)
     q, k = (_unit(part.view(len(x), num_k_heads, key_dim)) for part in (q, k))
     repeats = num_v_heads // num_k_heads
     q, k = (part.repeat(1, repeats, 1) if tiled else part.repeat_interleave(repeats, 1) for part in (q, k))
     q, v = q * key_dim**-0.5, v.view(len(x), num_v_heads, value_dim)
-    matrix = state.float() if position else torch.zeros_like(state, dtype=torch.float32)
     out = torch.empty_like(v)
+    last = x.new_empty(0)
     for t in range(len(x)):
-        matrix = matrix * decay[t].exp()[:, None, None]
-        kept = torch.einsum("hkv,hk->hv", matrix, k[t])
-        change = (v[t] - kept) * beta[t][:, None]
+        kept = decay[t].exp()
+        matrix = matrix * kept[:, None, None]
+        change = (v[t] - torch.einsum("hkv,hk->hv", matrix, k[t])) * beta[t][:, None]
         matrix = matrix + k[t][:, :, None] * change[:, None, :]
         out[t] = torch.einsum("hkv,hk->hv", matrix, q[t])
-    state.copy_(matrix)
-    return out
+        last = torch.cat((k[t], change, kept[:, None]), 1)
+    return out, matrix, last
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:

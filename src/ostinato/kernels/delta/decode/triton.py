@@ -2,6 +2,8 @@
 
 Every reduction of a program depends on its inputs alone and not on another reduction: with Sᵀk, Sᵀq and k·q at hand the
 result is o = decay Sᵀq + (k·q) change, so that nothing is summed over the new state, and the L2 norms only scale.
+Nor is the new state made here: the change is left in ``pending``, and the next token's kernel adds it to the state
+while the projection before it still runs.
 """
 
 from __future__ import annotations
@@ -51,6 +53,21 @@ def softplus(x):
 
 
 @triton.jit
+def load_state(
+    tile_at, pending, slot, head, position, key_row, value_column, in_k, in_v,
+    HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Columns of a head's state before ``position``, with the last token's change, float32; zeros at position 0."""
+    past = position > 0
+    record = pending + ((slot * 2 + (position + 1) % 2) * HV + head) * (DK + DV + 1)
+    key = tl.load(record + key_row, mask=in_k & past, other=0.0)
+    change = tl.load(record + DK + value_column, mask=in_v & past, other=0.0)
+    decay = tl.load(record + DK + DV, mask=past, other=0.0)
+    tile = tl.load(tile_at, mask=in_k[:, None] & in_v[None, :] & past, other=0.0).to(tl.float32)
+    return tile * decay + key[:, None] * change[None, :]
+
+
+@triton.jit
 def _add_pairs(a, b, c, d):
     return a + c, b + d
 
@@ -66,12 +83,12 @@ def _add_sixes(a, b, c, d, e, f, g, h, i, j, k, l):
 
 
 @triton.jit
-def _sum_pair(a, b, AXIS: tl.constexpr):
-    """Both sums in one exchange between threads."""
+def sum_pair(a, b):
+    """Both sums over axis 0 in one exchange between threads."""
     if INTERPRETED:
-        return tl.sum(a, AXIS), tl.sum(b, AXIS)
+        return tl.sum(a, 0), tl.sum(b, 0)
     else:
-        return tl.reduce((a, b), AXIS, _add_pairs)
+        return tl.reduce((a, b), 0, _add_pairs)
 
 
 @triton.jit
@@ -105,6 +122,7 @@ def _delta_decode_kernel(
     gate_norm,
     conv_state,
     state,
+    pending,
     slots,
     positions,
     active,
@@ -155,7 +173,9 @@ def _delta_decode_kernel(
         runs = runs & (tl.load(active + row) != 0)
     tile_at = state + (slot * HV + head) * (DK * DV) + i[:, None] * DV + v_column[None, :]
     in_tile = in_k[:, None] & in_v[None, :]
-    tile = tl.load(tile_at, mask=in_tile & (position > 0), other=0.0).to(tl.float32)
+    tile = load_state(tile_at, pending, slot, head, position, i, v_column, in_k, in_v, HV, DK, DV)
+    # Only kernels of other steps see the state: it need not wait, and nobody has to wait for it.
+    tl.store(tile_at, tile.to(state.dtype.element_ty), mask=in_tile & runs)
     ring = conv_state + slot * (W * C)
     q = tl.zeros((DKP,), tl.float32)
     k = tl.zeros((DKP,), tl.float32)
@@ -206,7 +226,7 @@ def _delta_decode_kernel(
     q = silu(q + q_new * q_tap)
     k = silu(k + k_new * k_tap)
     v = silu(v + v_new * v_tap)
-    s_k, s_q = _sum_pair(tile * k[:, None], tile * q[:, None], 0)
+    s_k, s_q = sum_pair(tile * k[:, None], tile * q[:, None])
     # Axis 0 lies within a thread; what is left has the layout of q and k where LANES is DKP.
     hh = tl.sum((h0 * h0 + h1 * h1) + (h2 * h2 + h3 * h3), 0)
     hb = tl.sum((h0 * b0 + h1 * b1) + (h2 * b2 + h3 * b3), 0)
@@ -219,8 +239,11 @@ def _delta_decode_kernel(
     q_scale *= tl.rsqrt(qq + L2_EPS)
     change = (v - s_k * (k_scale * decay)) * beta
     o = s_q * (q_scale * decay) + change * (kq * k_scale * q_scale)
-    new_tile = tile * decay + (k * k_scale)[:, None] * change[None, :]
-    tl.store(tile_at, new_tile.to(state.dtype.element_ty), mask=in_tile & runs)
+    # Nobody reads this entry now, as with the ring.
+    record = pending + ((slot * 2 + position % 2) * HV + head) * (DK + DV + 1)
+    tl.store(record + DK + v_column, change, mask=in_v & runs)
+    tl.store(record + i, k * k_scale, mask=in_k & runs & (part == 0))
+    tl.store(record + DK + DV, decay, mask=runs & (part == 0))
 
     gated = o * gain * silu(z)
     y_at = y + row.to(tl.int64) * (HV * DV) + head * DV + v_column
@@ -248,8 +271,7 @@ def choose(rows: int, heads: int, value_dim: int, defer_norm: bool, multiprocess
     parts = PARTS if defer_norm else 1
     while parts > 1 and (rows * heads * parts > 2 * multiprocessors or value_dim // parts < 16):
         parts //= 2
-    # Few warps leave the kernel before this one its registers, so that this one can start, and read ahead, beside it.
-    return Tiling(parts, 2 if parts == PARTS and rows * heads * parts <= multiprocessors else 4)
+    return Tiling(parts, 4)
 
 
 def delta_decode(
@@ -265,6 +287,7 @@ def delta_decode(
     eps: float,
     conv_state: torch.Tensor,
     state: torch.Tensor,
+    pending: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor,
     active: torch.Tensor | None,
@@ -295,6 +318,7 @@ def delta_decode(
         gate_norm,
         conv_state,
         state,
+        pending,
         slots,
         positions,
         positions if active is None else active,

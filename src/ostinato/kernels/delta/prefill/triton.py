@@ -17,125 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ostinato.kernels.delta.decode.triton import silu, softplus
+from ostinato.kernels.delta.decode.triton import load_state, silu, sum_pair
+from ostinato.kernels.delta.inputs.triton import delta_conv_kernel, delta_gates_kernel, product
 from ostinato.kernels.delta.ref import L2_EPS
 from ostinato.kernels.launch import launch_options
-from ostinato.kernels.triton import dot_bfloat16, trigger, wait
+from ostinato.kernels.triton import trigger, wait
 
 CHUNK = 64
-SHORT = 16  # up to so many tokens go one after the other
-
-
-@triton.jit
-def _product(a, b, PRECISION: tl.constexpr):
-    """a @ b, summed in float32. PRECISION: ``bf16`` or an input precision of tl.dot."""
-    if PRECISION == "bf16":
-        acc = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
-        return dot_bfloat16(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
-    else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
-
-
-@triton.jit
-def _delta_conv_kernel(
-    qkvz,
-    conv_weight,
-    conv_state,
-    slots,
-    positions,
-    mixed,
-    num_tokens,
-    q_scale,
-    HK: tl.constexpr,
-    HV: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DP: tl.constexpr,
-    W: tl.constexpr,
-    TOKENS: tl.constexpr,
-    L2_EPS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """SiLU of the convolution of one head's channels, queries and keys normalized; zeros beyond the last token."""
-    trigger(PDL)
-    head = tl.program_id(0)
-    C: tl.constexpr = 2 * HK * DK + HV * DV
-    is_value = head >= 2 * HK
-    dim = tl.where(is_value, DV, DK)
-    start = tl.where(is_value, 2 * HK * DK + (head - 2 * HK) * DV, head * DK)
-    d = tl.arange(0, DP)
-    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    column = start + d
-    in_d = d < dim
-    wait(PDL)
-    position = tl.load(positions)
-    ring = conv_state + tl.load(slots).to(tl.int64) * (W * C)
-    total = tl.zeros((TOKENS, DP), tl.float32)
-    for back in tl.static_range(W):
-        tap = tl.load(conv_weight + (W - 1 - back) * C + column, mask=in_d, other=0.0)
-        source = t - back
-        here = (source >= 0) & (t < num_tokens)
-        x_at = qkvz + source.to(tl.int64)[:, None] * (C + HV * DV) + column[None, :]
-        x = tl.load(x_at, mask=here[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-        if back > 0:
-            before = (source < 0) & (position + source >= 0)
-            past_at = ring + ((position + source + W) % W)[:, None] * C + column[None, :]
-            x += tl.load(past_at, mask=before[:, None] & in_d[None, :], other=0.0)
-        total += x * tap[None, :]
-    out = tl.where((t < num_tokens)[:, None], silu(total), 0.0)
-    scale = tl.rsqrt(tl.sum(out * out, 1) + L2_EPS) * tl.where(head < HK, q_scale, 1.0)
-    out *= tl.where(is_value, 1.0, scale)[:, None]
-    tl.store(mixed + t.to(tl.int64)[:, None] * C + column[None, :], out.to(mixed.dtype.element_ty), mask=in_d[None, :])
-
-
-@triton.jit
-def _delta_gates_kernel(
-    h,
-    norm,
-    beta_alpha,
-    a_log,
-    dt_bias,
-    betas,
-    decays,
-    num_tokens,
-    norm_eps,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    HVP: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """beta and the logarithm of the decay of every token and head; zeros beyond the last token."""
-    trigger(PDL)
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    head = tl.arange(0, HVP)
-    in_t = t < num_tokens
-    in_head = head < HV
-    rate = tl.exp(tl.load(a_log + head, mask=in_head, other=0.0))
-    bias = tl.load(dt_bias + head, mask=in_head, other=0.0)
-    wait(PDL)
-    squares = tl.zeros((TOKENS,), tl.float32)
-    b = tl.zeros((TOKENS, HVP), tl.float32)
-    a = tl.zeros((TOKENS, HVP), tl.float32)
-    for first in range(0, H, BLOCK_H):
-        column = first + tl.arange(0, BLOCK_H)
-        in_h = column < H
-        h_at = h + t.to(tl.int64)[:, None] * H + column[None, :]
-        x = tl.load(h_at, mask=in_t[:, None] & in_h[None, :], other=0.0)
-        squares += tl.sum(x * x, 1)
-        x *= tl.load(norm + column, mask=in_h, other=0.0)[None, :]
-        w_at = head[None, :] * H + column[:, None]
-        inside = in_head[None, :] & in_h[:, None]
-        b += _product(x, tl.load(beta_alpha + w_at, mask=inside, other=0.0), PRECISION)
-        a += _product(x, tl.load(beta_alpha + HV * H + w_at, mask=inside, other=0.0), PRECISION)
-    scale = tl.rsqrt(squares / H + norm_eps)[:, None]
-    beta = tl.sigmoid(tl.maximum(b * scale, -80.0))
-    decay = -rate[None, :] * softplus(a * scale + bias[None, :])
-    at = t[:, None] * HV + head[None, :]
-    tl.store(betas + at, tl.where(in_t[:, None], beta, 0.0), mask=in_head[None, :])
-    tl.store(decays + at, tl.where(in_t[:, None], decay, 0.0), mask=in_head[None, :])
+GATE_COLUMNS = 64  # of the hidden size, in one step of the gates' products
+SHORT = 32  # up to so many tokens go one after the other
 
 
 @triton.jit
@@ -157,10 +47,10 @@ def _unit_lower_inverse(a, PRECISION: tl.constexpr):
         x -= tl.where(is_row, tl.sum(factors[:, :, None] * x, 1)[:, None, :], 0.0)
     d = tl.reshape(tl.where(same, x[:, :, None, :], tl.zeros((4, 16, 4, 16), tl.float32)), (64, 64))
     j = tl.arange(0, 64)
-    n = _product(d, tl.where((j[:, None] // 16) == (j[None, :] // 16), 0.0, a), PRECISION)
-    square = _product(n, n, PRECISION)
+    n = product(d, tl.where((j[:, None] // 16) == (j[None, :] // 16), 0.0, a), PRECISION)
+    square = product(n, n, PRECISION)
     identity = tl.where(j[:, None] == j[None, :], 1.0, 0.0)
-    return _product(identity - n + square - _product(n, square, PRECISION), d, PRECISION)
+    return product(identity - n + square - product(n, square, PRECISION), d, PRECISION)
 
 
 @triton.jit
@@ -197,30 +87,48 @@ def _delta_chunk_kernel(
     total = tl.cumsum(tl.load(decays + t * HV + head), 0)
     lower = i[:, None] >= i[None, :]
     decay = tl.where(lower, tl.exp(tl.where(lower, total[:, None] - total[None, :], 0.0)), 0.0)
-    products = _product(k, tl.trans(k), PRECISION) * decay * beta[:, None]
+    products = product(k, tl.trans(k), PRECISION) * decay * beta[:, None]
     inverse = _unit_lower_inverse(tl.where(i[:, None] > i[None, :], products, 0.0), INVERSE_PRECISION)
     out = (chunk.to(tl.int64) * HV + head) * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
     tl.store(transforms + out, (inverse * beta[None, :]).to(transforms.dtype.element_ty))
-    tl.store(scores + out, (_product(q, tl.trans(k), PRECISION) * decay).to(scores.dtype.element_ty))
+    tl.store(scores + out, (product(q, tl.trans(k), PRECISION) * decay).to(scores.dtype.element_ty))
 
 
 @triton.jit
 def _store_ring(
     qkvz, ring, position, num_tokens, head, part, in_k, in_v, q_at, v_at,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, C: tl.constexpr, Z: tl.constexpr, W: tl.constexpr,
-    TILED: tl.constexpr,
+    WP: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     """The inputs of the last W tokens into the ring; the first value head of a key head has its channels."""
     first = ((head // HK if TILED else head % (HV // HK)) == 0) & (part == 0)
-    for back in tl.static_range(W):
-        t = num_tokens - 1 - back
-        x = qkvz + t.to(tl.int64) * Z
-        now = ring + (position + t + W) % W * C
-        tl.store(now + v_at, tl.load(x + v_at, mask=in_v & (t >= 0), other=0.0).to(tl.float32), mask=in_v & (t >= 0))
-        owns = in_k & first & (t >= 0)
-        tl.store(now + q_at, tl.load(x + q_at, mask=owns, other=0.0).to(tl.float32), mask=owns)
-        k_at = HK * DK + q_at
-        tl.store(now + k_at, tl.load(x + k_at, mask=owns, other=0.0).to(tl.float32), mask=owns)
+    back = tl.arange(0, WP)
+    t = num_tokens - 1 - back
+    x = qkvz + t.to(tl.int64)[:, None] * Z
+    now = ring + ((position + t + W) % W)[:, None] * C
+    there = (back < W) & (t >= 0)
+    with_v = there[:, None] & in_v[None, :]
+    with_k = there[:, None] & (in_k & first)[None, :]
+    k_at = HK * DK + q_at
+    # All loads, then all stores: a load behind a store waits for the loads before that.
+    v = tl.load(x + v_at[None, :], mask=with_v, other=0.0).to(tl.float32)
+    q = tl.load(x + q_at[None, :], mask=with_k, other=0.0).to(tl.float32)
+    k = tl.load(x + k_at[None, :], mask=with_k, other=0.0).to(tl.float32)
+    tl.store(now + v_at[None, :], v, mask=with_v)
+    tl.store(now + q_at[None, :], q, mask=with_k)
+    tl.store(now + k_at[None, :], k, mask=with_k)
+
+
+@triton.jit
+def _load_token(
+    mixed, betas, decays, t, head, q_at, v_at, in_k, in_v,
+    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    row = mixed + t * C
+    q = tl.load(row + q_at, mask=in_k, other=0.0).to(tl.float32)
+    k = tl.load(row + HK * DK + q_at, mask=in_k, other=0.0).to(tl.float32)
+    v = tl.load(row + v_at, mask=in_v, other=0.0).to(tl.float32)
+    return q, k, v, tl.load(betas + t * HV + head), tl.load(decays + t * HV + head)
 
 
 @triton.jit
@@ -233,6 +141,7 @@ def _delta_scan_kernel(
     scores,
     conv_state,
     state,
+    pending,
     slots,
     positions,
     out,
@@ -244,6 +153,7 @@ def _delta_scan_kernel(
     DKP: tl.constexpr,
     BV: tl.constexpr,
     W: tl.constexpr,
+    WP: tl.constexpr,
     CHUNK: tl.constexpr,
     TILED: tl.constexpr,
     CHUNKED: tl.constexpr,
@@ -269,7 +179,11 @@ def _delta_scan_kernel(
     slot = tl.load(slots).to(tl.int64)
     tile_at = state + (slot * HV + head) * (DK * DV) + d[:, None] * DV + column[None, :]
     in_tile = in_k[:, None] & in_v[None, :]
-    s = tl.load(tile_at, mask=in_tile & (position > 0), other=0.0).to(tl.float32)
+    _store_ring(
+        qkvz, conv_state + slot * (W * C), position, num_tokens, head, part, in_k, in_v, q_at, v_at,
+        HK, HV, DK, C, C + HV * DV, W, WP, TILED,
+    )  # fmt: skip
+    s = load_state(tile_at, pending, slot, head, position, d, column, in_k, in_v, HV, DK, DV)
     if CHUNKED:
         i = tl.arange(0, CHUNK)
         for chunk in tl.range(0, tl.cdiv(num_tokens, CHUNK), num_stages=STAGES):
@@ -285,27 +199,25 @@ def _delta_scan_kernel(
             total = tl.cumsum(decay, 0)
             end = tl.sum(decay, 0)
             grown = tl.exp(total)[:, None]
-            u = _product(transform, v - grown * _product(k, s, PRECISION), PRECISION)
-            o = grown * _product(q, s, PRECISION) + _product(score, u, PRECISION)
-            s = s * tl.exp(end) + _product(tl.trans(k), tl.exp(end - total)[:, None] * u, PRECISION)
+            u = product(transform, v - grown * product(k, s, PRECISION), PRECISION)
+            o = grown * product(q, s, PRECISION) + product(score, u, PRECISION)
+            s = s * tl.exp(end) + product(tl.trans(k), tl.exp(end - total)[:, None] * u, PRECISION)
             o_mask = (t < num_tokens)[:, None] & in_v[None, :]
             tl.store(o_at[None, :] + t.to(tl.int64)[:, None] * (HV * DV), o.to(out.dtype.element_ty), mask=o_mask)
     else:
+        q, k, v, beta, decay = _load_token(mixed, betas, decays, 0, head, q_at, v_at, in_k, in_v, HK, HV, DK, C)
         for t in range(0, num_tokens):
-            row = mixed + t * C
-            k = tl.load(row + HK * DK + q_at, mask=in_k, other=0.0).to(tl.float32)
-            q = tl.load(row + q_at, mask=in_k, other=0.0).to(tl.float32)
-            v = tl.load(row + v_at, mask=in_v, other=0.0).to(tl.float32)
-            s *= tl.exp(tl.load(decays + t * HV + head))
-            change = (v - tl.sum(s * k[:, None], 0)) * tl.load(betas + t * HV + head)
+            # The next token is on its way while this one is summed.
+            after = tl.minimum(t + 1, num_tokens - 1)
+            token = _load_token(mixed, betas, decays, after, head, q_at, v_at, in_k, in_v, HK, HV, DK, C)
+            s *= tl.exp(decay)
+            s_k, s_q = sum_pair(s * k[:, None], s * q[:, None])
+            change = (v - s_k) * beta
+            o = s_q + tl.sum(k * q, 0) * change
             s += k[:, None] * change[None, :]
-            o = tl.sum(s * q[:, None], 0)
             tl.store(o_at + t * (HV * DV), o.to(out.dtype.element_ty), mask=in_v)
+            q, k, v, beta, decay = token
     tl.store(tile_at, s.to(state.dtype.element_ty), mask=in_tile)
-    _store_ring(
-        qkvz, conv_state + slot * (W * C), position, num_tokens, head, part, in_k, in_v, q_at, v_at,
-        HK, HV, DK, C, C + HV * DV, W, TILED,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -313,17 +225,25 @@ def _delta_norm_kernel(
     o,
     qkvz,
     gate_norm,
+    pending,
+    slots,
+    positions,
     y,
     num_rows,
     eps,
     C: tl.constexpr,
     HV: tl.constexpr,
+    DK: tl.constexpr,
     DV: tl.constexpr,
     DVP: tl.constexpr,
+    RECORD: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """rms_norm(o) * silu(z); a row is one head of one token."""
+    """rms_norm(o) * silu(z); a row is one head of one token. The last token's rows also leave nothing pending.
+
+    The programs of the scan that share a head could not: one would write what another has yet to read.
+    """
     trigger(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, DVP)
@@ -336,6 +256,12 @@ def _delta_norm_kernel(
     z = tl.load(qkvz + z_at, mask=inside, other=0.0).to(tl.float32)
     x *= tl.rsqrt(tl.sum(x * x, 1) / DV + eps)[:, None]
     tl.store(y + at, (x * gain[None, :] * silu(z)).to(y.dtype.element_ty), mask=inside)
+    last = (row < num_rows) & (row >= num_rows - HV)
+    place = (tl.load(positions) + num_rows // HV - 1) % 2
+    record = pending + ((tl.load(slots).to(tl.int64) * 2 + place) * HV + row % HV) * (DK + DV + 1)
+    e = tl.arange(0, RECORD)
+    nothing = tl.where((e == DK + DV)[None, :], 1.0, tl.zeros((ROWS, RECORD), tl.float32))
+    tl.store(record[:, None] + e[None, :], nothing, mask=last[:, None] & (e <= DK + DV)[None, :])
 
 
 @dataclass(frozen=True)
@@ -344,7 +270,7 @@ class Plan:
 
     precision: of the products of the scan, ``bf16`` or an input precision of tl.dot. stored: dtype of what lies between
     the kernels. columns: value columns of a program of the scan. warps, stages: of the scan. chunk_warps: of the kernel
-    that prepares the chunks.
+    that prepares the chunks. gate_steps: blocks of the hidden size that one program of the gates sums.
     """
 
     precision: str
@@ -353,14 +279,16 @@ class Plan:
     warps: int
     stages: int
     chunk_warps: int = 4
+    gate_steps: int = 1
 
 
-def choose(dtype: torch.dtype, value_dim: int) -> Plan:
+def choose(dtype: torch.dtype, value_dim: int, num_tokens: int) -> Plan:
     """As measured in docs/performance/kernels_delta.md."""
+    gate_steps = 1 if num_tokens <= 512 else 4  # many tokens fill the GPU, and need fewer parts in memory
     columns = min(32, max(16, triton.next_power_of_2(value_dim)))
     if dtype == torch.float32:
-        return Plan("tf32x3", torch.float32, columns, 4, 1)
-    return Plan("tf32", torch.float32, columns, 4, 2)
+        return Plan("tf32x3", torch.float32, columns, 4, 1, gate_steps=gate_steps)
+    return Plan("tf32", torch.float32, columns, 4, 2, gate_steps=gate_steps)
 
 
 def delta_prefill(
@@ -376,6 +304,7 @@ def delta_prefill(
     eps: float,
     conv_state: torch.Tensor,
     state: torch.Tensor,
+    pending: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor,
     num_k_heads: int,
@@ -388,27 +317,33 @@ def delta_prefill(
     num_tokens, hidden = h.shape
     width, channels = conv_weight.shape
     key_dim, value_dim = state.shape[2:]
-    chosen = plan or choose(qkvz.dtype, value_dim)
+    chosen = plan or choose(qkvz.dtype, value_dim, num_tokens)
     chunked = num_tokens > short
     num_chunks = triton.cdiv(num_tokens, CHUNK)
-    padded = num_chunks * CHUNK  # what lies beyond the last token is zeros
+    padded = (
+        num_chunks * CHUNK if chunked else triton.cdiv(num_tokens, 16) * 16
+    )  # what lies beyond the last token is zeros
     options = launch_options(qkvz.device)
     heads = {"HK": num_k_heads, "HV": num_v_heads}
     key_block = max(16, triton.next_power_of_2(key_dim))
     value_block = max(16, triton.next_power_of_2(value_dim))
 
-    mixed = torch.empty((padded, channels), dtype=chosen.stored, device=qkvz.device)
-    tokens = 16
-    _delta_conv_kernel[(2 * num_k_heads + num_v_heads, triton.cdiv(padded, tokens))](
-        qkvz, conv_weight, conv_state, slots, positions, mixed, num_tokens, key_dim**-0.5, DK=key_dim, DV=value_dim,
-        DP=max(key_block, value_block), W=width, TOKENS=tokens, L2_EPS=L2_EPS, num_warps=4, **heads, **options,
+    parts = triton.cdiv(hidden, GATE_COLUMNS * chosen.gate_steps)
+    sums = torch.empty((parts, 2 * num_v_heads + 1, padded), dtype=torch.float32, device=qkvz.device)
+    tokens = 32 if chunked else 16
+    delta_gates_kernel[(triton.cdiv(padded, tokens), parts)](
+        h, norm, beta_alpha, sums, num_tokens, padded, H=hidden, HV=num_v_heads,
+        HVP=max(16, triton.next_power_of_2(num_v_heads)), TOKENS=tokens, BLOCK_H=GATE_COLUMNS, STEPS=chosen.gate_steps,
+        PRECISION="tf32x3", num_warps=4, **options,
     )  # fmt: skip
+    mixed = torch.empty((padded, channels), dtype=chosen.stored, device=qkvz.device)
     betas = torch.empty((padded, num_v_heads), dtype=torch.float32, device=qkvz.device)
     decays = torch.empty_like(betas)
-    tokens = 32
-    _delta_gates_kernel[(triton.cdiv(padded, tokens),)](
-        h, norm, beta_alpha, a_log, dt_bias, betas, decays, num_tokens, norm_eps, H=hidden, HV=num_v_heads,
-        HVP=max(16, triton.next_power_of_2(num_v_heads)), TOKENS=tokens, BLOCK_H=64, PRECISION="tf32x3", num_warps=4,
+    tokens = 16
+    delta_conv_kernel[(2 * num_k_heads + num_v_heads, triton.cdiv(padded, tokens))](
+        qkvz, conv_weight, conv_state, slots, positions, mixed, sums, a_log, dt_bias, betas, decays, num_tokens, padded,
+        key_dim**-0.5, norm_eps, H=hidden, DK=key_dim, DV=value_dim, DP=max(key_block, value_block), W=width,
+        TOKENS=tokens, L2_EPS=L2_EPS, PARTS=parts, PARTS_P=triton.next_power_of_2(parts), num_warps=4, **heads,
         **options,
     )  # fmt: skip
     squares = (num_chunks, num_v_heads, CHUNK, CHUNK) if chunked else (0,)
@@ -421,14 +356,16 @@ def delta_prefill(
         )  # fmt: skip
     o = torch.empty((num_tokens, num_v_heads * value_dim), dtype=torch.float32, device=qkvz.device)
     _delta_scan_kernel[(num_v_heads, triton.cdiv(value_block, chosen.columns))](
-        qkvz, mixed, betas, decays, transforms, scores, conv_state, state, slots, positions, o, num_tokens, DK=key_dim,
-        DV=value_dim, DKP=key_block, BV=chosen.columns, W=width, CHUNK=CHUNK, TILED=tiled, CHUNKED=chunked,
-        PRECISION=chosen.precision, STAGES=chosen.stages, num_warps=chosen.warps, **heads, **options,
+        qkvz, mixed, betas, decays, transforms, scores, conv_state, state, pending, slots, positions, o, num_tokens,
+        DK=key_dim, DV=value_dim, DKP=key_block, BV=chosen.columns, W=width, WP=triton.next_power_of_2(width),
+        CHUNK=CHUNK, TILED=tiled, CHUNKED=chunked, PRECISION=chosen.precision, STAGES=chosen.stages,
+        num_warps=chosen.warps, **heads, **options,
     )  # fmt: skip
     y = torch.empty_like(o, dtype=qkvz.dtype)
     rows = 16
     _delta_norm_kernel[(triton.cdiv(num_tokens * num_v_heads, rows),)](
-        o, qkvz, gate_norm, y, num_tokens * num_v_heads, eps, C=channels, HV=num_v_heads, DV=value_dim,
-        DVP=value_block, ROWS=rows, num_warps=4, **options,
+        o, qkvz, gate_norm, pending, slots, positions, y, num_tokens * num_v_heads, eps, C=channels, HV=num_v_heads,
+        DK=key_dim, DV=value_dim, DVP=value_block, RECORD=triton.next_power_of_2(key_dim + value_dim + 1), ROWS=rows,
+        num_warps=4, **options,
     )  # fmt: skip
     return y

@@ -1,0 +1,1 @@
+"""What prefill of the delta rule does before the rule: gates and convolution."""
