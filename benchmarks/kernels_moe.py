@@ -124,8 +124,8 @@ def compile_all(kind: str, ms: list[int]) -> None:
         groups = [group for group in candidates(m) if group]
         for row in itertools.zip_longest(*groups[:3]):  # a job compiles one candidate of each group
             fields = {name: value for chosen in row if chosen for name, value in chosen.items()}
-            jobs.append((kind, m, replace(default_tiles(m, HIDDEN, WIDTH), **fields)))
-        jobs += [(kind, m, replace(default_tiles(m, HIDDEN, WIDTH), **fields)) for g in groups[3:4] for fields in g]
+            jobs.append((kind, m, replace(default_tiles(m, HIDDEN, WIDTH, (kind, kind)), **fields)))
+        jobs += [(kind, m, replace(default_tiles(m, HIDDEN, WIDTH, (kind, kind)), **fields)) for g in groups[3:4] for fields in g]
     jobs = list(dict.fromkeys(jobs))
     with multiprocessing.get_context("spawn").Pool(10) as pool:
         failures = [f for f in pool.imap_unordered(compile_one, jobs, chunksize=1) if f]
@@ -140,7 +140,7 @@ def tune(kind: str, ms: list[int], seconds: float) -> None:
     began = time.monotonic()
     blocks = Blocks(kind)
     for m in ms:
-        best = default_tiles(m, HIDDEN, WIDTH)
+        best = default_tiles(m, HIDDEN, WIDTH, (kind, kind))
         best_us = blocks.us(m, best)
         print(f"m {m}: rule {best_us:.2f} us {best}", flush=True)
         for group in candidates(m):

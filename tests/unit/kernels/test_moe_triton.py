@@ -27,7 +27,11 @@ def launch(case: MoeCase, chosen=None) -> torch.Tensor:
 
 def assert_close(found: torch.Tensor, case: MoeCase, gate_rows: int = 16) -> None:
     """The kernels differ from their model by ties of rounding: a step of int8 in a few of the many activations."""
-    model = moe_block_ref(case.h, **case.arguments(), int8_groups=(16, gate_rows)) - case.h
+    assert_modelled(found, case, (16, gate_rows))
+
+
+def assert_modelled(found: torch.Tensor, case: MoeCase, int8_groups: tuple[int, int]) -> None:
+    model = moe_block_ref(case.h, **case.arguments(), int8_groups=int8_groups) - case.h
     assert (found - case.h - model).norm() < 2e-3 * model.norm()
 
 
@@ -88,6 +92,22 @@ def test_tokens_that_all_take_one_expert(device):
     case.h.copy_(case.h[0] + 0.01 * case.h)
     for tokens in (2, 4):
         assert_close(launch(case, tiles(tokens=tokens)), case)
+
+
+@pytest.mark.parametrize(
+    ("m", "fields", "options"),
+    [
+        (2, {}, {}),
+        (11, {"gate_tiles": 2, "gate_split": 2, "gate_depth": 1, "down_tiles": 2, "down_split": 2}, {"num_experts": 2}),
+        (3, {"gate_split": 2, "gate_depth": 3, "down_depth": 1}, {"hidden": 640, "width": 384, "has_shared": False}),
+    ],
+)
+def test_lists_on_tensor_cores(m, fields, options, device):
+    """Eight and more picks of an expert, columns that steps and splits do not divide, rows beyond the last tile."""
+    sizes = {"hidden": 256, "width": 128, "num_experts": 3, "top_k": 1, **options}
+    case = random_case(m, device, gate_up_kind="I4_128", down_kind="I4_128", **sizes)
+    found = launch(case, tiles(integer=True, tokens=8, down_warps=4, **fields))
+    assert_modelled(found, case, (128, 128))
 
 
 def test_equal_logits_go_to_the_lower_expert(device):

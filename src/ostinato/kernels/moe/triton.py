@@ -19,12 +19,14 @@ from ostinato.kernels.moe.experts.triton import (
     _gate_up_kernel,
     _gate_up_list_kernel,
 )
+from ostinato.kernels.moe.lists.triton import _down_mma_kernel, _gate_up_mma_kernel
 from ostinato.kernels.moe.ref import Stack, moe_block_dense, stack_of
 from ostinato.kernels.moe.route.triton import _choose_kernel, _key_kernel, _router_kernel, _sort_kernel
 from ostinato.kernels.rms_norm import rms_norm
 from ostinato.quant.blocks import KINDS, BlockWeight
 
 MAX_ROWS = 64  # more are products on the tensor cores
+INTEGER = ("I4_128", "I4_128")  # kinds whose lists are products on integer tensor cores
 MAX_COLUMNS = 8192  # a program holds whole rows of a weight in registers
 
 
@@ -36,6 +38,10 @@ class MoeTiles:
     scale. down_rows: of H a thread. early: down loads before gate and up are done. together: picks side by side over
     the threads of down for one token, a divisor of its rows a thread and of the rows side by side. tokens: picks that
     share a program. registers: most of a thread in products of lists, 0 for no limit.
+
+    integer: lists are multiplied on tensor cores, 128 of F a program, eight picks at a time. Then gate_tiles: tiles of
+    16 rows a warp. gate_split, down_split: warps that share rows and split columns. gate_depth, down_depth: groups of
+    128 columns that are loaded ahead. down_tiles: tiles of 16 rows a warp of the down_warps.
     """
 
     router_rows: int
@@ -49,15 +55,32 @@ class MoeTiles:
     together: int = 1
     tokens: int = 8
     registers: int = 0
+    integer: bool = False
+    gate_tiles: int = 1
+    gate_split: int = 1
+    gate_depth: int = 2
+    down_tiles: int = 1
+    down_split: int = 1
+    down_depth: int = 4
+
+    def int8_groups(self) -> tuple[int, int]:
+        """Columns of x, and of what down reads, that share a scale."""
+        return (128, 128) if self.integer else (16, self.gate_rows)
 
 
-def default_tiles(m: int, hidden: int, width: int) -> MoeTiles:
-    """Tiles by rule, from measurements at H = 2048, F = 512 (docs/performance/kernels_moe.md)."""
+def default_tiles(m: int, hidden: int, width: int, kinds: tuple[str, str]) -> MoeTiles:
+    """Tiles by rule, from measurements at H = 2048, F = 512 (docs/performance/kernels_moe.md).
+
+    kinds: of gate and up, and of down.
+    """
     wide = max(1, min(4, hidden // 512))
     if m == 1:
         together = 2 if width <= 2048 else 1
         return MoeTiles(2, 8, 4, max(1, min(4, hidden // 1024)), 2 * together, 4, together=together)
-    return MoeTiles(8, 8, 8, wide, 8, 4, router_tokens=1 if m < 16 else 2, tokens=16, registers=128)
+    router_tokens = 1 if m < 16 else 2
+    if kinds == INTEGER:
+        return MoeTiles(8, 8, 8, wide, 8, 8, router_tokens=router_tokens, tokens=8, registers=128, integer=True)
+    return MoeTiles(8, 8, 8, wide, 8, 4, router_tokens=router_tokens, tokens=16, registers=128)
 
 
 def moe_block(
@@ -95,7 +118,9 @@ def moe_block(
         raise KernelError(
             f"moe_block takes up to {MAX_COLUMNS} columns for up to {MAX_ROWS} rows, got {hidden} and {width} columns"
         )
-    tiles = default_tiles(tokens, hidden, width) if tiles is None else tiles
+    kinds = gate_up_kind, down_kind
+    tiles = default_tiles(tokens, hidden, width, kinds) if tiles is None else tiles
+    assert not tiles.integer or (kinds == INTEGER and tokens > 1), "tensor cores take lists of I4_128 only"
     t = tiles
     device = h.device
     options = launch_options(device)
@@ -108,7 +133,7 @@ def moe_block(
     _router_kernel[grid](
         h, norm, eps, router, shared_gate if shared_gate is not None else router, logits, keys, *x, tokens, num_experts,
         hidden, padded, t.router_rows, triton.next_power_of_2(hidden // 32), t.router_tokens, shared_gate is not None,
-        num_warps=t.router_warps, **options,
+        t.integer, num_warps=t.router_warps, **options,
     )  # fmt: skip
     share = t.gate_rows // 4
     act = _int8(tokens * picks, width, share, device)
@@ -150,16 +175,37 @@ def moe_block(
         num_warps=max(1, min(8, padded // 32)), **options,
     )  # fmt: skip
     limit = {"maxnreg": t.registers} if t.registers else {}
-    _gate_up_list_kernel[(width // t.gate_rows, num_shared + num_blocks)](
-        *x, order, blocks, *gate_planes, *act, tokens, num_experts, num_shared, hidden, width, *gate_constants,
-        picks, t.tokens, t.gate_rows, gate_groups, num_warps=t.gate_warps, **options, **limit,
-    )  # fmt: skip
     parts = torch.empty((tokens * picks, hidden), dtype=torch.float32, device=device)
-    _down_list_kernel[(down_grid, num_shared + num_blocks)](
-        *act, order, blocks, weights, *down_planes, parts, tokens, num_experts, num_shared, hidden, width,
-        *down_constants, picks, t.tokens, share, t.down_rows, side, down_groups,
-        num_warps=t.down_warps, **options, **limit,
-    )  # fmt: skip
+    lists = order, blocks
+    counts = tokens, num_experts, num_shared
+    if t.integer:
+        inner = torch.empty((tokens * picks, width), dtype=torch.int8, device=device)
+        scales = torch.empty((tokens * picks, width // 128, 2), dtype=torch.float32, device=device)
+        gate_words, _, gate_d, gate_m, _, _ = gate_planes
+        down_words, _, down_d, down_m, _, _ = down_planes
+        split = min(t.gate_split, hidden // 128)
+        _gate_up_mma_kernel[(width // 128, num_shared + num_blocks)](
+            *x, *lists, gate_words, gate_d, gate_m, inner, scales, *counts, hidden, width, picks,
+            t.gate_tiles, split, min(t.gate_depth, triton.cdiv(hidden // 128, split)),
+            num_warps=8 // t.gate_tiles * split, **options, **limit,
+        )  # fmt: skip
+        split = min(t.down_split, t.down_warps, width // 128)
+        side = t.down_warps // split
+        _down_mma_kernel[(triton.cdiv(hidden, t.down_tiles * side * 16), num_shared + num_blocks)](
+            inner.view(torch.int32), scales, *lists, weights, down_words, down_d, down_m, parts, *counts, hidden, width,
+            picks, t.down_tiles, side, split, min(t.down_depth, triton.cdiv(width // 128, split)),
+            num_warps=side * split, **options, **limit,
+        )  # fmt: skip
+    else:
+        _gate_up_list_kernel[(width // t.gate_rows, num_shared + num_blocks)](
+            *x, *lists, *gate_planes, *act, *counts, hidden, width, *gate_constants,
+            picks, t.tokens, t.gate_rows, gate_groups, num_warps=t.gate_warps, **options, **limit,
+        )  # fmt: skip
+        _down_list_kernel[(down_grid, num_shared + num_blocks)](
+            *act, *lists, weights, *down_planes, parts, *counts, hidden, width,
+            *down_constants, picks, t.tokens, share, t.down_rows, side, down_groups,
+            num_warps=t.down_warps, **options, **limit,
+        )  # fmt: skip
     block = min(512, triton.next_power_of_2(hidden))
     _combine_kernel[(tokens, triton.cdiv(hidden, block))](
         h, parts, out, hidden, picks, block, num_warps=max(1, block // 128), **options

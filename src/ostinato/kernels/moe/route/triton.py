@@ -1,8 +1,8 @@
 """Router, choice of experts and, for several tokens, the picks sorted by expert.
 
 Activations leave the router as int8: ``x_words`` [M, K/4], four in a word, ``x_scales`` float32 [M, K/16], one for
-16 columns, and ``roots`` float32 [M], by which the norm scales a row. The layout of threads follows from a tensor's
-shape, as in block_linear.
+16 columns (or, WIDE, [M, K/128, 2], a scale and the scaled sum of 128), and ``roots`` float32 [M], by which the norm
+scales a row. The layout of threads follows from a tensor's shape, as in block_linear.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.kernels.triton import INTERPRETED, load_floats, quantize_quad, trigger, wait
+from ostinato.kernels.triton import INTERPRETED, dp4a, load_floats, quantize_quad, trigger, wait
 
 
 @triton.jit
@@ -133,9 +133,17 @@ def sums_of_row(total, squares):
 
 
 @triton.jit
+def of_four_groups(values, MAXIMUM: tl.constexpr, ROWS: tl.constexpr, NG: tl.constexpr):
+    """Of [ROWS, 1, NG]: the maximum or the sum of each four neighbours, in all four places."""
+    four = tl.reshape(values, (ROWS, 1, NG // 4, 4))
+    found = (tl.max(four, 3) if MAXIMUM else tl.sum(four, 3))[:, :, :, None]
+    return tl.reshape(tl.broadcast_to(found, (ROWS, 1, NG // 4, 4)), (ROWS, 1, NG))
+
+
+@triton.jit
 def _router_kernel(
     h, norm, eps, router, gate, logits, keys, x_words, x_scales, roots, M, E, K: tl.constexpr, EP: tl.constexpr,
-    BN: tl.constexpr, NG: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, NG: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits [M, E + 1], the shared gate's last, and their keys [M, EP].
 
@@ -189,13 +197,28 @@ def _router_kernel(
         v4, v5, v6, v7 = v4 * p4, v5 * p5, v6 * p6, v7 * p7
         low = tl.maximum(tl.maximum(tl.abs(v0), tl.abs(v1)), tl.maximum(tl.abs(v2), tl.abs(v3)))
         upp = tl.maximum(tl.maximum(tl.abs(v4), tl.abs(v5)), tl.maximum(tl.abs(v6), tl.abs(v7)))
-        low = tl.max(low, 3)[:, :, :, None] + zero
-        upp = tl.max(upp, 3)[:, :, :, None] + zero
+        if WIDE:
+            low = of_four_groups(tl.max(tl.maximum(low, upp), 3), True, ROWS, NG)[:, :, :, None] + zero
+            upp = low
+        else:
+            low = tl.max(low, 3)[:, :, :, None] + zero
+            upp = tl.max(upp, 3)[:, :, :, None] + zero
         at = row * (KG * 8) + g * 8 + j
-        tl.store(x_words + at, quantize_quad(v0, v1, v2, v3, 127.0 / tl.maximum(low, 1e-30)), mask=inside)
-        tl.store(x_words + at + 4, quantize_quad(v4, v5, v6, v7, 127.0 / tl.maximum(upp, 1e-30)), mask=inside)
-        tl.store(x_scales + row * (KG * 2) + g * 2, low * (1.0 / 127.0), mask=inside & (j == 0))
-        tl.store(x_scales + row * (KG * 2) + g * 2 + 1, upp * (1.0 / 127.0), mask=inside & (j == 0))
+        lower = quantize_quad(v0, v1, v2, v3, 127.0 / tl.maximum(low, 1e-30))
+        upper = quantize_quad(v4, v5, v6, v7, 127.0 / tl.maximum(upp, 1e-30))
+        tl.store(x_words + at, lower, mask=inside)
+        tl.store(x_words + at + 4, upper, mask=inside)
+        if WIDE:
+            ones = tl.full(lower.shape, 0x01010101, tl.int32)
+            sums = dp4a(upper, ones, dp4a(lower, ones, tl.zeros(lower.shape, tl.int32)))
+            sums = of_four_groups(tl.sum(sums, 3), False, ROWS, NG)[:, :, :, None] + j * 0
+            place = x_scales + row * (KG // 2) + g // 4 * 2
+            first = inside & (j == 0) & (g % 4 == 0)
+            tl.store(place, low * (1.0 / 127.0), mask=first)
+            tl.store(place + 1, low * (1.0 / 127.0) * sums.to(tl.float32), mask=first)
+        else:
+            tl.store(x_scales + row * (KG * 2) + g * 2, low * (1.0 / 127.0), mask=inside & (j == 0))
+            tl.store(x_scales + row * (KG * 2) + g * 2 + 1, upp * (1.0 / 127.0), mask=inside & (j == 0))
         of_gate, of_row = sums_of_row(
             (v0 * u0 + v1 * u1 + v2 * u2 + v3 * u3) + (v4 * u4 + v5 * u5 + v6 * u6 + v7 * u7), squares
         )

@@ -1,0 +1,1 @@
+"""Products of lists of picks on the tensor cores' integer products."""
