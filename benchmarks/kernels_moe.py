@@ -82,7 +82,17 @@ class Blocks:
         return self.experts * (1 - (1 - TOP_K / self.experts) ** m) + 1
 
 
-def candidates(m: int) -> list[list[dict[str, int | bool]]]:
+INTEGER_GATE = (
+    (1, 1, 1, 128), (1, 1, 2, 128), (1, 1, 1, 80), (1, 1, 3, 168), (1, 1, 2, 168), (1, 2, 1, 64), (1, 2, 1, 128),
+    (1, 2, 2, 128), (2, 1, 1, 168), (2, 1, 1, 255), (2, 2, 1, 128), (2, 2, 1, 168), (2, 4, 1, 128), (1, 4, 1, 64),
+)  # fmt: skip
+INTEGER_DOWN = (
+    (1, 8, 1, 4, 128), (1, 4, 1, 4, 128), (2, 4, 1, 4, 168), (2, 8, 1, 4, 168), (1, 8, 1, 2, 96), (1, 8, 2, 2, 96),
+    (1, 16, 1, 4, 128), (2, 8, 1, 2, 128), (1, 4, 1, 2, 96), (2, 4, 1, 2, 128), (2, 8, 2, 2, 128), (4, 4, 1, 1, 168),
+)  # fmt: skip
+
+
+def candidates(m: int, integer: bool = False) -> list[list[dict[str, int | bool]]]:
     """Fields of MoeTiles to try, group by group."""
 
     def product(names: tuple[str, ...], *values: tuple[int, ...]) -> list[dict[str, int | bool]]:
@@ -96,6 +106,12 @@ def candidates(m: int) -> list[list[dict[str, int | bool]]]:
         down += product(("down_rows", "down_warps", "together"), (8,), (4, 8), (4, 8))
         down += [{"down_rows": 2, "down_warps": 2, "together": 2}, {"down_rows": 2, "down_warps": 4, "together": 2}]
         return [gate, down, product(("router_rows", "router_warps"), (1, 2, 4), (2, 4, 8)), gate, down]
+    if integer:
+        names = ("gate_tiles", "gate_split", "gate_depth", "registers")
+        gate = [dict(zip(names, chosen, strict=True)) for chosen in INTEGER_GATE]
+        names = ("down_tiles", "down_warps", "down_split", "down_depth", "down_registers")
+        down = [dict(zip(names, chosen, strict=True)) for chosen in INTEGER_DOWN]
+        return [gate, down, product(("router_rows", "router_warps", "router_tokens"), (4, 8), (4, 8), (1, 2, 4))]
     return [
         [{**fields, "registers": registers} for fields in gate for registers in (0, 96, 128)],
         product(("down_rows", "down_warps"), (4, 8, 16), (1, 2, 4)),
@@ -121,11 +137,15 @@ def compile_all(kind: str, ms: list[int]) -> None:
     began = time.monotonic()
     jobs = []
     for m in ms:
-        groups = [group for group in candidates(m) if group]
+        groups = [group for group in candidates(m, m > 1 and (kind, kind) == moe.INTEGER) if group]
         for row in itertools.zip_longest(*groups[:3]):  # a job compiles one candidate of each group
             fields = {name: value for chosen in row if chosen for name, value in chosen.items()}
             jobs.append((kind, m, replace(default_tiles(m, HIDDEN, WIDTH, (kind, kind)), **fields)))
-        jobs += [(kind, m, replace(default_tiles(m, HIDDEN, WIDTH, (kind, kind)), **fields)) for g in groups[3:4] for fields in g]
+        jobs += [
+            (kind, m, replace(default_tiles(m, HIDDEN, WIDTH, (kind, kind)), **fields))
+            for g in groups[3:4]
+            for fields in g
+        ]
     jobs = list(dict.fromkeys(jobs))
     with multiprocessing.get_context("spawn").Pool(10) as pool:
         failures = [f for f in pool.imap_unordered(compile_one, jobs, chunksize=1) if f]
@@ -134,16 +154,17 @@ def compile_all(kind: str, ms: list[int]) -> None:
         print("failed:", failure)
 
 
-def tune(kind: str, ms: list[int], seconds: float) -> None:
+def tune(kind: str, ms: list[int], seconds: float, compiled: bool) -> None:
     """Print the fastest fields of MoeTiles for each number of tokens."""
-    compile_all(kind, ms)
+    if not compiled:
+        compile_all(kind, ms)
     began = time.monotonic()
     blocks = Blocks(kind)
     for m in ms:
         best = default_tiles(m, HIDDEN, WIDTH, (kind, kind))
         best_us = blocks.us(m, best)
         print(f"m {m}: rule {best_us:.2f} us {best}", flush=True)
-        for group in candidates(m):
+        for group in candidates(m, best.integer):
             timed = []
             for fields in group:
                 if time.monotonic() - began > seconds:
@@ -153,7 +174,7 @@ def tune(kind: str, ms: list[int], seconds: float) -> None:
                 except Exception as error:
                     print("failed:", fields, repr(error)[:200])
             timed.sort(key=lambda pair: pair[0])
-            print("   ", "; ".join(f"{us:.2f} {' '.join(f'{k} {v}' for k, v in f.items())}" for us, f in timed[:8]))
+            print("   ", "; ".join(f"{us:.2f} {' '.join(f'{k} {v}' for k, v in f.items())}" for us, f in timed[:14]))
             if timed and timed[0][0] < best_us:
                 best_us, best = timed[0][0], replace(best, **timed[0][1])
         print(f"m {m}: best {best_us:.2f} us {best}  | {time.monotonic() - began:.0f} s", flush=True)
@@ -210,12 +231,13 @@ def main() -> None:
     parser.add_argument("--kind", default="I4_128")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512, 4096])
     parser.add_argument("--seconds", type=float, default=100.0)
+    parser.add_argument("--compiled", action="store_true", help="tune what `compile` has compiled before")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.command == "compile":
         compile_all(arguments.kind, arguments.tokens)
     elif arguments.command == "tune":
-        tune(arguments.kind, arguments.tokens, arguments.seconds)
+        tune(arguments.kind, arguments.tokens, arguments.seconds, arguments.compiled)
     elif arguments.command == "report":
         report(arguments.kind, arguments.tokens)
     elif arguments.command == "grouped":

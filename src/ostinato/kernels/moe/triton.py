@@ -41,7 +41,8 @@ class MoeTiles:
 
     integer: lists are multiplied on tensor cores, 128 of F a program, eight picks at a time. Then gate_tiles: tiles of
     16 rows a warp. gate_split, down_split: warps that share rows and split columns. gate_depth, down_depth: groups of
-    128 columns that are loaded ahead. down_tiles: tiles of 16 rows a warp of the down_warps.
+    128 columns that are loaded ahead. down_tiles: tiles of 16 rows a warp of the down_warps. down_registers: as
+    registers.
     """
 
     router_rows: int
@@ -62,6 +63,7 @@ class MoeTiles:
     down_tiles: int = 1
     down_split: int = 1
     down_depth: int = 4
+    down_registers: int = 128
 
     def int8_groups(self) -> tuple[int, int]:
         """Columns of x, and of what down reads, that share a scale."""
@@ -136,7 +138,7 @@ def moe_block(
         t.integer, num_warps=t.router_warps, **options,
     )  # fmt: skip
     share = t.gate_rows // 4
-    act = _int8(tokens * picks, width, share, device)
+    act = () if t.integer else _int8(tokens * picks, width, share, device)
     gate_planes = _planes(gate_up, gate_up_kind)
     down_planes = _planes(down, down_kind)
     gate_constants = kind_constants(KINDS[gate_up_kind])
@@ -174,7 +176,7 @@ def moe_block(
         padded, top_k, picks, triton.next_power_of_2(routed), t.tokens, triton.cdiv(tokens, t.tokens),
         num_warps=max(1, min(8, padded // 32)), **options,
     )  # fmt: skip
-    limit = {"maxnreg": t.registers} if t.registers else {}
+    limit = _limit(t.registers)
     parts = torch.empty((tokens * picks, hidden), dtype=torch.float32, device=device)
     lists = order, blocks
     counts = tokens, num_experts, num_shared
@@ -194,7 +196,7 @@ def moe_block(
         _down_mma_kernel[(triton.cdiv(hidden, t.down_tiles * side * 16), num_shared + num_blocks)](
             inner.view(torch.int32), scales, *lists, weights, down_words, down_d, down_m, parts, *counts, hidden, width,
             picks, t.down_tiles, side, split, min(t.down_depth, triton.cdiv(width // 128, split)),
-            num_warps=side * split, **options, **limit,
+            num_warps=side * split, **options, **_limit(t.down_registers),
         )  # fmt: skip
     else:
         _gate_up_list_kernel[(width // t.gate_rows, num_shared + num_blocks)](
@@ -226,6 +228,11 @@ def _planes(planes: Sequence[torch.Tensor | None], kind: str) -> tuple[torch.Ten
     assert words is not None, "a block weight has words"
     assert d is not None, "a block weight has scales"
     return pairs(words, d, high, m, sub_d, sub_m, KINDS[kind])
+
+
+def _limit(registers: int) -> dict[str, int]:
+    """The launch option for most registers of a thread; 0 for no limit."""
+    return {"maxnreg": registers} if registers else {}
 
 
 def _int8(rows: int, columns: int, share: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,7 +47,7 @@ def load_streamed(pointer, inside):
 
 @triton.jit
 def load_bits(pointer, inside):
-    """The bits of one float16 each as int16, zeros outside: converted where they are used, they wait for nothing here."""
+    """The bits of one float16 each as int16, zeros outside: converted only where used, to wait for nothing here."""
     if INTERPRETED:
         return tl.load(pointer, mask=inside, other=0.0).to(tl.int16, bitcast=True)
     else:
@@ -165,7 +165,7 @@ def list_rows(order, block, begin, stop, i, NUM_SHARED, PICKS: tl.constexpr):
     return row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "E", "NUM_SHARED"])
 def _gate_up_mma_kernel(
     x_words, x_scales, roots, order, blocks, words, d, m, act, act_scales, M, E, NUM_SHARED, K: tl.constexpr,
     F: tl.constexpr, PICKS: tl.constexpr, RT: tl.constexpr, KW: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
@@ -235,7 +235,9 @@ def _gate_up_mma_kernel(
             row = list_rows(order, block, begin, stop, i, NUM_SHARED, PICKS)
             root = tl.load(roots + row // PICKS)
             y = gate_times_up(joined(gate[side], RT, KW, RW) * root, joined(up[side], RT, KW, RW) * root, "silu")
-            z = gate_times_up(joined(gate[2 + side], RT, KW, RW) * root, joined(up[2 + side], RT, KW, RW) * root, "silu")
+            z = gate_times_up(
+                joined(gate[2 + side], RT, KW, RW) * root, joined(up[2 + side], RT, KW, RW) * root, "silu"
+            )
             largest = tl.max(tl.max(tl.max(tl.maximum(tl.abs(y), tl.abs(z)), 2), 1), 0)[None, None, None, :]
             inverse = 127.0 / tl.maximum(largest, 1e-30)
             y = y * inverse + 12582912.0  # the rounded integer is in the low bits of the sum, in two's complement
@@ -250,7 +252,7 @@ def _gate_up_mma_kernel(
             tl.store(place + 1, scale * total, mask=store)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "E", "NUM_SHARED"])
 def _down_mma_kernel(
     act_words, act_scales, order, blocks, weights, words, d, m, parts, M, E, NUM_SHARED, H: tl.constexpr,
     F: tl.constexpr, PICKS: tl.constexpr, RT: tl.constexpr, RW: tl.constexpr, KW: tl.constexpr, DEPTH: tl.constexpr,
