@@ -186,6 +186,24 @@ def candidates(p: Product) -> Iterator[Tiles]:
                 yield Tiles("streamed", rows, wide, tokens, warps)
     if p.m >= 16:
         yield Tiles("packed", 0, 0, 0, 0)
+    if p.m > 1 and p.kind in ("I4_64", "I4_128", "I6_64"):
+        spans = p.k // KINDS[p.kind].group
+        for rows, tokens, count, warps in itertools.product((16, 32, 64), (8, 16, 32), (1, 2, 4), (1, 2, 4, 8, 16)):
+            right, down = rows // 16, tokens // 8
+            steps = spans / (count * warps)
+            programs = p.n / rows * max(1, p.m / tokens)
+            registers = right * count * (8 if steps == 1 else 16) + right * down * 8 + down * 12 * min(count, 2)
+            if (
+                tokens <= max(8, top)
+                and tokens >= min(top, 16)
+                and 1 <= steps <= 8
+                and registers <= 176
+                and programs >= 64
+                and 132 * 4 <= programs * warps
+                and (p.n < 40000 or (warps <= 4 and (rows > 16 or p.m <= 8)))
+                and (p.n < 4096 or warps <= 8)
+            ):
+                yield Tiles("wide", rows, count, tokens, warps)
     if p.m > 1:
         for rows, tokens, warps in itertools.product((16, 32, 64), (8, 16, 32, 64), (1, 2, 4, 8)):
             if (
@@ -278,10 +296,12 @@ def compile_one(job: tuple[Product, Tiles]) -> str | None:
     return None
 
 
-def tune(products: list[Product], seconds: float, only: str | None) -> tuple[dict[str, Tiles], list[dict[str, object]]]:
+def tune(
+    products: list[Product], seconds: float, only: list[str] | None
+) -> tuple[dict[str, Tiles], list[dict[str, object]]]:
     """The fastest tiles of each product, and every measurement."""
     known = tuning.table(gpu_name(CUDA))
-    choices = {p: [t for t in candidates(p) if only in (None, t.path)] for p in products}
+    choices = {p: [t for t in candidates(p) if not only or t.path in only] for p in products}
     for p, options in choices.items():
         if p.key in known and known[p.key] not in options:
             options.append(known[p.key])
@@ -403,7 +423,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
     parser.add_argument(
-        "--only", choices=["resident", "streamed", "mma", "tile", "packed"], help="measure this path only"
+        "--only",
+        nargs="+",
+        choices=["resident", "streamed", "mma", "wide", "tile", "packed"],
+        help="measure these paths only",
     )
     parser.add_argument("--seconds", type=float, default=120.0)
     arguments = parser.parse_args()

@@ -87,19 +87,27 @@ def load_words(pointer, inside):
 @triton.jit
 def load_halves(pointer, inside):
     """Four adjacent 16-bit values as int16 tensors, zeros outside; pointers of 8-byte alignment."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        setp.ne.b32 p, $5, 0;
-        mov.b16 $0, 0; mov.b16 $1, 0; mov.b16 $2, 0; mov.b16 $3, 0;
-        @p ld.global.v4.b16 {$0, $1, $2, $3}, [$4];
-        }""",
-        "=&h,=&h,=&h,=&h,l,r",
-        [pointer, inside.to(tl.int32)],
-        dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
-        is_pure=False,
-        pack=1,
-    )
+    if INTERPRETED:
+        return (
+            tl.load(pointer, mask=inside, other=0),
+            tl.load(pointer + 1, mask=inside, other=0),
+            tl.load(pointer + 2, mask=inside, other=0),
+            tl.load(pointer + 3, mask=inside, other=0),
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.ne.b32 p, $5, 0;
+            mov.b16 $0, 0; mov.b16 $1, 0; mov.b16 $2, 0; mov.b16 $3, 0;
+            @p ld.global.v4.b16 {$0, $1, $2, $3}, [$4];
+            }""",
+            "=&h,=&h,=&h,=&h,l,r",
+            [pointer, inside.to(tl.int32)],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

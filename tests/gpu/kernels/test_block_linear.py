@@ -6,9 +6,11 @@ import torch
 from ostinato.kernels.block_linear import block_linear
 from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref
 from ostinato.kernels.embed import embed
+from ostinato.kernels.registry import load
+from ostinato.kernels.tuning import Tiles
 from ostinato.quant.blocks import KINDS, dequantize
 
-from ...unit.kernels.block_weights import columns, grid_rows, random_weight
+from ...unit.kernels.block_weights import columns, grid_rows, operands, random_weight
 
 CUDA = torch.device("cuda")
 
@@ -103,3 +105,29 @@ def test_embedding_rows(kind):
     table = random_weight(kind, 5000, 2048, CUDA)
     tokens = torch.randint(0, 5000, (17,), device=CUDA)
     torch.testing.assert_close(embed(tokens, table), dequantize(table)[tokens], rtol=2**-22, atol=1e-8)
+
+
+WIDE = [
+    Tiles("wide", rows=16, groups=4, tokens=8, warps=4),
+    Tiles("wide", rows=32, groups=2, tokens=16, warps=4),
+    Tiles("wide", rows=64, groups=1, tokens=32, warps=2),
+]
+
+
+@pytest.mark.parametrize("tiles", WIDE, ids=str)
+@pytest.mark.parametrize("m", [2, 8, 13, 32, 64])
+@pytest.mark.parametrize(("kind", "n", "k"), [("I4_128", 12288, 2048), ("I4_128", 2048, 4096), ("I6_64", 24831, 2048)])
+def test_wide_products_round_with_one_scale_a_span(kind, n, k, m, tiles):
+    weight = random_weight(kind, n, k, CUDA)
+    x = torch.randn(m, k, device=CUDA) * 3
+    norm = torch.rand(k, device=CUDA) + 0.5
+    residual = torch.randn(m, n, device=CUDA)
+    launch = load("ostinato.kernels.block_linear.triton:block_linear")
+    found = launch(x, *operands(weight), norm, 1e-5, None, residual, None, torch.float32, None, tiles)
+    expected = block_linear_int8_ref(x, weight, norm=norm, eps=1e-5, residual=residual, group=KINDS[kind].group)
+    assert relative(found, expected) < 1e-3  # a few of a row's activations round to the other side of a tie
+    gated = launch(x, *operands(weight.slice_rows(0, 2000)), norm, 1e-5, None, None, "silu", x.dtype, None, tiles)
+    model = block_linear_int8_ref(
+        x, weight.slice_rows(0, 2000), norm=norm, eps=1e-5, gated="silu", group=KINDS[kind].group
+    )
+    assert relative(gated, model) < 2e-3

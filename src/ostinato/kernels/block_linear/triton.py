@@ -12,11 +12,12 @@ from ostinato.kernels.block_linear.matmul.triton import _dequantize_kernel, _fin
 from ostinato.kernels.block_linear.matvec.triton import _resident_kernel, _streamed_kernel
 from ostinato.kernels.block_linear.planes import kind_constants, pairs
 from ostinato.kernels.block_linear.ref import with_heads
+from ostinato.kernels.block_linear.wide.triton import _round_kernel, _wide_kernel
 from ostinato.kernels.grouped_linear.triton import packed_matmul
 from ostinato.kernels.launch import gpu_name, launch_options, num_multiprocessors
-from ostinato.kernels.rms_norm.triton import rms_norm, rms_norm_quantize
+from ostinato.kernels.rms_norm.triton import rms_norm, rms_norm_quantize, row_warps
 from ostinato.kernels.tuning import Tiles, linear_key, table
-from ostinato.quant.blocks import KINDS
+from ostinato.quant.blocks import KINDS, BlockKind
 
 DENSE_BYTES = 256 << 20  # the most that a product of many rows dequantizes at a time
 
@@ -74,6 +75,9 @@ def block_linear(
             )  # fmt: skip
         else:
             _streamed(quantized, scales, None, eps, planes, after, constants, flags, tiles)
+        return out
+    if tiles.path == "wide":
+        _wide(x, norm, squares, eps, words, high, d, m, bias, residual, out, KINDS[kind], gated, tiles)
         return out
     x = with_heads(x, squares, eps)
     if tiles.path == "packed":
@@ -159,6 +163,53 @@ def _streamed(
         x, scale, squares if squares is not None else planes[2], eps, *planes, *after, *constants,
         tiles.rows // width, width, tiles.groups, tiles.tokens, squares.shape[1] if squares is not None else 0, *flags,
         num_warps=tiles.warps, **launch_options(x.device),
+    )  # fmt: skip
+
+
+def takes_wide(kind: BlockKind) -> bool:
+    """Whether the path ``wide`` multiplies weights of this kind."""
+    return kind.group in (64, 128) and kind.bits in (4, 6) and not kind.has_sub and kind.bits * kind.group < 768
+
+
+def _wide(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    squares: torch.Tensor | None,
+    eps: float,
+    words: torch.Tensor,
+    high: torch.Tensor | None,
+    d: torch.Tensor,
+    m: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    kind: BlockKind,
+    gated: str | None,
+    tiles: Tiles,
+) -> None:
+    """Launch the kernels of ``wide``. tiles.rows: a multiple of 16; tokens: of 8; groups: spans of a warp at a time."""
+    assert takes_wide(kind), f"{kind.name} has no wide product"
+    (tokens, k), n = x.shape, out.shape[1]
+    span = kind.group
+    if squares is not None and (k // squares.shape[1]) % span != 0:
+        x, squares = with_heads(x, squares, eps), None
+    eights = triton.cdiv(tokens, 8)
+    rounded = torch.empty((eights, k // span, span * 2), dtype=torch.int32, device=x.device)
+    factors = torch.empty((eights, k // span, 16), dtype=torch.float32, device=x.device)
+    spans, options = triton.next_power_of_2(k // span), launch_options(x.device)
+    _round_kernel[(eights * 8,)](
+        x, x.stride(0), norm if norm is not None else d, squares if squares is not None else d, eps,
+        rounded.view(torch.int8), factors, tokens, k, span, spans, norm is not None,
+        squares.shape[1] if squares is not None else 0, num_warps=row_warps(spans * span), **options,
+    )  # fmt: skip
+    grid = (triton.cdiv(n, tiles.rows), triton.cdiv(tokens, tiles.tokens))
+    scales = d.view(torch.int16)
+    _wide_kernel[grid](
+        rounded, factors.view(torch.int32), words, high if high is not None else words, scales,
+        m.view(torch.int16) if m is not None else scales, bias if bias is not None else d,
+        residual if residual is not None else out, out, tokens, n, k, kind.bits, span, kind.offset, kind.min_sign,
+        tiles.rows // 16, tiles.tokens // 8, tiles.groups, tiles.warps, bias is not None, residual is not None, gated,
+        num_warps=tiles.warps, **options,
     )  # fmt: skip
 
 

@@ -1,0 +1,124 @@
+"""The wide product of block_linear against plain PyTorch, at tiny and odd shapes."""
+
+import pytest
+import torch
+
+from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref
+from ostinato.kernels.registry import load
+from ostinato.kernels.tuning import Tiles
+from ostinato.quant.blocks import KINDS, dequantize
+
+from .block_weights import operands, random_weight
+
+WIDE = ["I4_64", "I4_128", "I6_64"]
+TILES = {
+    "one step": Tiles("wide", rows=16, groups=4, tokens=8, warps=2),
+    "several steps": Tiles("wide", rows=16, groups=1, tokens=8, warps=1),
+    "masked": Tiles("wide", rows=32, groups=2, tokens=16, warps=2),
+}
+
+
+def launch(x, weight, tiles, norm=None, eps=0.0, bias=None, residual=None, gated=None, out_dtype=torch.float32,
+           squares=None):  # fmt: skip
+    kernel = load("ostinato.kernels.block_linear.triton:block_linear")
+    return kernel(x, *operands(weight), norm, eps, bias, residual, gated, out_dtype, squares, tiles)
+
+
+def grid_rows(m, k, group, device):
+    """Rows that int8 keeps exactly: integers with a 127 in each group, times a power of two for each group."""
+    x = torch.randint(-126, 127, (m, k // group, group), device=device).float()
+    x[:, :, 5] = 127
+    return (x * torch.tensor([0.5, 0.25, 2.0], device=device)[torch.arange(k // group) % 3][:, None]).flatten(1)
+
+
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 7, 128), (3, 40, 640), (13, 17, 1024), (17, 33, 512)])
+@pytest.mark.parametrize("kind", WIDE)
+def test_product_is_exact_for_activations_on_the_grid(kind, m, n, k, tiles, device):
+    weight = random_weight(kind, n, k, device)
+    x = grid_rows(m, k, KINDS[kind].group, device)
+    found = launch(x, weight, tiles)
+    # Float32 sums of scaled spans in another order: a few roundings of at most the sum of magnitudes.
+    bound = float((x.abs() @ dequantize(weight).abs().T).max())
+    torch.testing.assert_close(found, block_linear_ref(x, weight), rtol=0, atol=(k / 32 + 16) * 2.0**-22 * bound)
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+def test_activations_are_rounded_with_one_scale_a_span(kind, tiles, device):
+    weight = random_weight(kind, 37, 640, device)
+    x = torch.randn(5, 640, device=device) * 3
+    found = launch(x, weight, tiles)
+    group = KINDS[kind].group
+    expected = block_linear_int8_ref(x, weight, group=group)
+    # At most one of a row's 640 activations may lie so close to a tie that it rounds the other way: one step of int8.
+    step = (x.abs().view(5, -1, group).amax(-1) / 127).max() * dequantize(weight).abs().max()
+    assert (found - expected).abs().max() <= step
+    assert (found - expected).abs().median() < 1e-5
+    exact = block_linear_ref(x, weight)
+    assert (expected - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+def test_norm_bias_and_residual_are_fused(tiles, x_dtype, device):
+    weight = random_weight("I4_128", 21, 384, device)
+    x = (torch.randn(9, 400, device=device) * 5).to(x_dtype)[:, 8:392]
+    norm = torch.rand(384, device=device) + 0.5
+    bias = torch.randn(21, device=device).bfloat16()
+    residual = torch.randn(9, 21, device=device)
+    before = residual.clone()
+    found = launch(x, weight, tiles, norm=norm, eps=1e-5, bias=bias, residual=residual)
+    expected = block_linear_int8_ref(x, weight, norm=norm, eps=1e-5, bias=bias, residual=residual, group=128)
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-3)
+    assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("gated", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+def test_gate_and_up_are_multiplied(tiles, gated, kind, device):
+    weight = random_weight(kind, 42, 256, device)
+    x = torch.randn(3, 256, device=device) * 4
+    bias = torch.randn(42, device=device)
+    found = launch(x, weight, tiles, gated=gated, bias=bias, out_dtype=torch.bfloat16)
+    expected = block_linear_int8_ref(x, weight, gated=gated, bias=bias, group=KINDS[kind].group)
+    assert found.shape == (3, 21)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=5e-3)  # bfloat16, and a tie or two
+
+
+@pytest.mark.parametrize("heads", [1, 3, 12])
+@pytest.mark.parametrize("kind", ["I4_128", "I6_64"])
+def test_the_norm_of_heads_may_come_as_their_squares(kind, heads, device):
+    weight = random_weight(kind, 6, 384, device)
+    x = torch.randn(3, 384, device=device) * 5
+    squares = torch.rand(3, heads, 4, device=device) * torch.tensor([0.1, 1.0, 30.0], device=device)[:, None, None]
+    found = launch(x, weight, TILES["masked"], eps=1e-5, squares=squares)
+    normed = (x.view(3, heads, -1) / torch.sqrt(squares.sum(2) * heads / 384 + 1e-5)[..., None]).view(3, 384)
+    group = KINDS[kind].group
+    expected = block_linear_int8_ref(normed, weight, group=group)
+    step = (normed.abs().view(3, -1, group).amax(-1) / 127).max() * dequantize(weight).abs().max()
+    assert (found - expected).abs().max() <= step
+    assert (found - expected).abs().median() < 1e-4 * float(normed.abs().max())
+
+
+def test_every_output_is_written_and_nothing_else(device, monkeypatch):
+    weight = random_weight("I4_128", 19, 256, device)
+    x = torch.randn(11, 256, device=device)
+    norm = torch.rand(256, device=device)
+    expected = launch(x, weight, TILES["masked"], norm=norm, eps=1e-5)
+    made = []
+    empty = torch.empty
+
+    def poisoned(*arguments, **options):
+        tensor = empty(*arguments, **options)
+        tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
+        made.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    found = launch(x, weight, TILES["masked"], norm=norm, eps=1e-5)
+    monkeypatch.undo()
+    assert made
+    assert torch.equal(found, expected)
