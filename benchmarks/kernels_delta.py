@@ -118,8 +118,8 @@ def decode_cases(rows: int, tilings: list[Tiling | None]) -> Iterator[Case]:
 
             def error(tiling: Tiling | None = tiling, defer: bool = defer) -> float:
                 ours, theirs = copied(x | layers[0]), copied(x | layers[0])
-                y, _ = delta_decode(**ours, **HEADS, defer_norm=defer, prefetch=False, tiling=tiling)
-                expected, _ = delta_decode_ref(**theirs, **HEADS, defer_norm=defer)
+                y, _, _ = delta_decode(**ours, **HEADS, defer_norm=defer, prefetch=False, tiling=tiling)
+                expected, _, _ = delta_decode_ref(**theirs, **HEADS, defer_norm=defer)
                 return max(distance(y, expected), *(distance(ours[n], theirs[n]) for n in ("state", "pending")))
 
             name = f"decode, {rows} rows{', deferred norm' if defer else ''}, {tiling or 'chosen'}"

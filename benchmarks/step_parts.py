@@ -93,7 +93,7 @@ def main() -> None:
     if deltas:
         first = deltas[0][0]
         qkvz = first.in_proj(h, norm=first.norm, out_dtype=act)
-        y = torch.randn(rows, first.num_v_heads * first.gate_norm.weight.shape[0], dtype=act, device=device)
+        ruled = first.rule(qkvz, h, batch, deltas[0][1])
         state = 2 * rows * sum(t[0].numel() * t.element_size() for t in deltas[0][1].tensors())
         show(
             "delta: norm + input projection",
@@ -108,7 +108,7 @@ def main() -> None:
             "delta: output + residual",
             len(deltas),
             first.out.num_bytes,
-            each(deltas, lambda d: d[0].out(y, residual=h)),
+            each(deltas, lambda d: d[0].output(ruled, h)),
         )
         show("delta: whole mixer", len(deltas), 0, each(deltas, lambda d: d[0](h, batch, d[1], act)))
     if attentions:

@@ -9,11 +9,24 @@ from dataclasses import dataclass
 
 import torch
 
+from ostinato.kernels.block_linear import int8_linear
 from ostinato.kernels.delta import delta_decode, delta_prefill
 from ostinato.kv.recurrent import RecurrentState
 from ostinato.layers.batch import Batch
 from ostinato.layers.linear import Linear, Norm, weight_bytes
 from ostinato.quant.blocks import BlockWeight
+
+
+@dataclass(frozen=True, eq=False)
+class RuleResult:
+    """What the delta rule leaves to the output product.
+
+    y: [M, Hv · Dv]. squares, scale: where y is int8 and its heads lack their norm, as ``int8_linear`` takes them.
+    """
+
+    y: torch.Tensor
+    squares: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +52,10 @@ class DeltaNet:
     def __call__(self, h: torch.Tensor, batch: Batch, state: RecurrentState, activation: torch.dtype) -> torch.Tensor:
         """h: float32 [M, hidden] → float32 [M, hidden]; advances the states of the rows' slots."""
         qkvz = self.in_proj(h, norm=self.norm, out_dtype=activation)
-        y, squares = self.rule(qkvz, h, batch, state)
-        return self.out(y, residual=h, squares=squares, squares_eps=self.gate_norm.eps)
+        return self.output(self.rule(qkvz, h, batch, state), h)
 
-    def rule(
-        self, qkvz: torch.Tensor, h: torch.Tensor, batch: Batch, state: RecurrentState
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Convolution, gates, delta rule, gated norm: [M, Hv · Dv], and the squares of heads that lack their norm."""
+    def rule(self, qkvz: torch.Tensor, h: torch.Tensor, batch: Batch, state: RecurrentState) -> RuleResult:
+        """Convolution, gates, delta rule and gated norm; advances the states."""
         weights = (
             self.norm.weight,
             self.norm.eps,
@@ -67,12 +77,16 @@ class DeltaNet:
                 num_v_heads=self.num_v_heads,
                 tiled=self.tiled,
             )
-            return y, None
-        # One row alone does not fill a GPU: several programs share a head, and its norm is left to the next product.
+            return RuleResult(y)
+        # One row alone does not fill a GPU: several programs share a head, so its norm is left to the next product, and
+        # they round what that would have to round in each of its programs.
         defer = (
-            h.is_cuda and h.shape[0] == 1 and len(self.out.parts) == 1 and isinstance(self.out.parts[0], BlockWeight)
+            h.is_cuda
+            and h.shape[0] == 1
+            and self._block_weight() is not None
+            and self.gate_norm.weight.shape[0] % 32 == 0
         )
-        y, squares = delta_decode(
+        y, squares, scale = delta_decode(
             qkvz,
             h,
             *weights,
@@ -82,10 +96,23 @@ class DeltaNet:
             num_v_heads=self.num_v_heads,
             tiled=self.tiled,
             defer_norm=defer,
+            rounded=defer,
             # The embedding starts a step with a full dependency, and states advance in this kernel alone.
             prefetch=True,
         )
-        return y, squares if defer else None
+        return RuleResult(y, squares, scale) if defer else RuleResult(y)
+
+    def output(self, result: RuleResult, h: torch.Tensor) -> torch.Tensor:
+        """The output product of what ``rule`` returned, added to h."""
+        weight = self._block_weight()
+        if result.scale is None or weight is None:
+            return self.out(result.y, residual=h)
+        return int8_linear(result.y, result.scale, weight, squares=result.squares, eps=self.gate_norm.eps, residual=h)
+
+    def _block_weight(self) -> BlockWeight | None:
+        """The output matrix, if it is one of blocks."""
+        part = self.out.parts[0]
+        return part if isinstance(part, BlockWeight) and len(self.out.parts) == 1 and self.out.bias is None else None
 
     @property
     def num_bytes(self) -> int:

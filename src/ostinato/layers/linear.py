@@ -70,16 +70,13 @@ def linear(
     residual: torch.Tensor | None = None,
     gated: str | None = None,
     out_dtype: torch.dtype | None = None,
-    squares: torch.Tensor | None = None,
-    squares_eps: float = 0.0,
 ) -> torch.Tensor:
     """``f(norm(x) Wᵀ + bias) + residual``; dispatches on the class of the weight.
 
     x: [M, K]. weight: N rows, K columns. gated: ``silu`` or ``gelu_tanh``: the rows are gate over up and the result is
     ``act(gate) * up``, [M, N / 2]. residual: float32 [M, N]; the result is then float32. out_dtype: else x's dtype.
-    squares: of heads whose norm x still lacks, with squares_eps, as ``block_linear`` takes them; block weights only.
     """
-    norm_weight, eps = (norm.weight, norm.eps) if norm is not None else (None, squares_eps)
+    norm_weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
     if isinstance(weight, BlockWeight):
         return block_linear(
             x,
@@ -90,9 +87,7 @@ def linear(
             residual=residual,
             gated=gated,
             out_dtype=out_dtype,
-            squares=squares,
         )
-    assert squares is None, "only block weights take squares"
     if isinstance(weight, torch.Tensor):
         return dense_linear(
             x,
@@ -146,8 +141,6 @@ class Linear:
         residual: torch.Tensor | None = None,
         gated: str | None = None,
         out_dtype: torch.dtype | None = None,
-        squares: torch.Tensor | None = None,
-        squares_eps: float = 0.0,
     ) -> torch.Tensor:
         """See ``linear``."""
         if len(self.parts) == 1:
@@ -159,10 +152,7 @@ class Linear:
                 residual=residual,
                 gated=gated,
                 out_dtype=out_dtype,
-                squares=squares,
-                squares_eps=squares_eps,
             )
-        assert squares is None, "squares belong to one part"
         y = torch.cat([linear(x, part, norm=norm, out_dtype=out_dtype) for part in self.parts], dim=-1)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)

@@ -124,7 +124,7 @@ def test_a_new_text_in_a_used_slot() -> None:
 def test_inactive_rows_leave_their_states() -> None:
     given = with_past(arguments(3), [5, 1, 0])
     before = copied(given)
-    y, _ = delta_decode(**given, active=int32(1, 0, 0))
+    y, _, _ = delta_decode(**given, active=int32(1, 0, 0))
     assert y[0].isfinite().all()
     for name in ("state", "conv_state", "pending"):
         assert torch.equal(given[name][1:].nan_to_num(7.0), before[name][1:].nan_to_num(7.0))
@@ -133,8 +133,8 @@ def test_inactive_rows_leave_their_states() -> None:
 
 def test_the_deferred_norm_is_the_norm() -> None:
     given = with_past(arguments(2, value_dim=8), [3, 0])
-    expected, empty = delta_decode(**copied(given))
-    y, squares = delta_decode(**given, defer_norm=True)
+    expected, empty, _ = delta_decode(**copied(given))
+    y, squares, _ = delta_decode(**given, defer_norm=True)
     scale = torch.rsqrt(squares.sum(-1, keepdim=True) / 8 + given["eps"])
     assert empty.numel() == 0
     assert squares.shape == (2, 4, 4)
@@ -181,12 +181,20 @@ def test_refusals(change: dict, message: str) -> None:
         delta_decode(**given)
 
 
-@pytest.mark.parametrize("defer_norm", [False, True])
-def test_results_without_data_look_like_the_references(defer_norm: bool) -> None:
-    given = with_past(arguments(2, value_dim=8, dtype=torch.bfloat16), [0, 0])
+def test_only_deferred_results_of_whole_groups_are_rounded() -> None:
+    given = with_past(arguments(1, value_dim=8), [0])
+    with pytest.raises(KernelError, match="got defer_norm = True and heads of 8"):
+        delta_decode(**given, defer_norm=True, rounded=True)
+    with pytest.raises(KernelError, match="got defer_norm = False"):
+        delta_decode(**with_past(arguments(1, value_dim=32), [0]), rounded=True)
+
+
+@pytest.mark.parametrize(("defer_norm", "rounded"), [(False, False), (True, False), (True, True)])
+def test_results_without_data_look_like_the_references(defer_norm: bool, rounded: bool) -> None:
+    given = with_past(arguments(2, value_dim=32, dtype=torch.bfloat16), [0, 0])
     shapes = []
     for device in ("cpu", "meta"):
-        y, squares = delta_decode(**copied(given, device), defer_norm=defer_norm)
+        y, squares, scale = delta_decode(**copied(given, device), defer_norm=defer_norm, rounded=rounded)
         whole = delta_prefill(**copied(given, device))
-        shapes.append([(t.shape, t.dtype) for t in (y, squares, whole)])
+        shapes.append([(t.shape, t.dtype) for t in (y, squares, scale, whole)])
     assert shapes[0] == shapes[1]

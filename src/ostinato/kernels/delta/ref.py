@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ostinato.kernels.rms_norm.ref import rms_norm_ref
+from ostinato.kernels.rms_norm.ref import quantize_rows_ref, rms_norm_ref
 
 L2_EPS = 1e-6  # added to the sum of squares of a query or key before its root
 PARTS = 4  # the programs that may share a head, each with its sum of squares
@@ -39,7 +39,8 @@ def delta_decode_ref(
     num_v_heads: int,
     tiled: bool,
     defer_norm: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rounded: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What ``delta_decode`` means: each row is the next token of its own slot."""
     beta, decay = gates_ref(h, norm, norm_eps, beta_alpha, a_log, dt_bias)
     rows = []
@@ -59,10 +60,14 @@ def delta_decode_ref(
     gate = F.silu(qkvz[:, conv_weight.shape[1] :].float()).view_as(o)
     if not defer_norm:
         y = rms_norm_ref(o, gate_norm, eps, torch.float32) * gate
-        return y.flatten(1).to(qkvz.dtype), o.new_empty(0)
+        return y.flatten(1).to(qkvz.dtype), o.new_empty(0), o.new_empty(0)
     squares = o.new_zeros(*o.shape[:2], PARTS)
     squares[..., 0] = o.square().sum(-1)
-    return (o * gate_norm * gate).flatten(1).to(qkvz.dtype), squares
+    y = (o * gate_norm * gate).flatten(1)
+    if rounded:
+        y, scale = quantize_rows_ref(y)
+        return y, squares, scale
+    return y.to(qkvz.dtype), squares, o.new_empty(0)
 
 
 def delta_prefill_ref(
