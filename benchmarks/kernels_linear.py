@@ -199,7 +199,7 @@ def candidates(p: Product) -> Iterator[Tiles]:
                 and 1 <= steps <= 8
                 and registers <= 176
                 and programs >= 64
-                and 132 * 4 <= programs * warps
+                and programs * warps >= 132 * 4
                 and (p.n < 40000 or (warps <= 4 and (rows > 16 or p.m <= 8)))
                 and (p.n < 4096 or warps <= 8)
             ):
