@@ -175,18 +175,32 @@ def load_chunk(
 
 
 @triton.jit
+def load_x(x, factors, eight, span, r, j, KS: tl.constexpr, SPAN: tl.constexpr, MASKED: tl.constexpr):
+    """Scale and sum of rows 2j and 2j + 1 of x, as bits, then its words: of the lower quads, then of the upper."""
+    at = eight * KS + span
+    inside = at >= 0
+    if MASKED:
+        inside = span + eight * 0 < KS
+    found = load_words(factors + at * 16 + j * 4, inside)
+    if SPAN == 128:
+        found += load_words(x + at * 256 + (r * 4 + j) * 4, inside)
+        found += load_words(x + at * 256 + 128 + (r * 4 + j) * 4, inside)
+    else:
+        found += load_words(x + at * 128 + (r * 4 + j) * 4, inside)
+    return found
+
+
+@triton.jit
 def half_bits(bits):
     return bits.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def multiply(acc, tile, i: tl.constexpr, j, x, factors, BITS: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr,
-             OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr, SHAPE: tl.constexpr):  # fmt: skip
-    """The four accumulators plus the products of span i of a chunk.
-
-    x: the words of the lower quads, then of the upper. factors: scale and sum of rows 2j and 2j + 1 of x, as bits.
-    """
+def multiply(acc, tile, i: tl.constexpr, j, x, at: tl.constexpr, BITS: tl.constexpr, SPAN: tl.constexpr,
+             COUNT: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr, SHAPE: tl.constexpr):  # fmt: skip
+    """The four accumulators plus the products of span i of a chunk of W and span ``at`` of what ``load_x`` read."""
     PARTS: tl.constexpr = SPAN // 32
+    FIRST: tl.constexpr = at * (4 + 2 * PARTS)
     start = tl.full(SHAPE, FLOAT_BITS, tl.int32)
     c = (start, start, start, start)
     for s in tl.static_range(PARTS):
@@ -200,9 +214,9 @@ def multiply(acc, tile, i: tl.constexpr, j, x, factors, BITS: tl.constexpr, SPAN
             a1 |= ((tile[i * 8 + 6] >> shift) & 0x03030303) << 4
             a2 |= ((tile[i * 8 + 3] >> shift) & 0x03030303) << 4
             a3 |= ((tile[i * 8 + 7] >> shift) & 0x03030303) << 4
-        c = mma_onto(c, a0, a1, a2, a3, x[s], x[PARTS + s], SHAPE)
-    s0, s1 = factors[0].to(tl.float32, bitcast=True), factors[2].to(tl.float32, bitcast=True)
-    t0, t1 = factors[1].to(tl.float32, bitcast=True), factors[3].to(tl.float32, bitcast=True)
+        c = mma_onto(c, a0, a1, a2, a3, x[FIRST + 4 + s], x[FIRST + 4 + PARTS + s], SHAPE)
+    s0, s1 = x[FIRST].to(tl.float32, bitcast=True), x[FIRST + 2].to(tl.float32, bitcast=True)
+    t0, t1 = x[FIRST + 1].to(tl.float32, bitcast=True), x[FIRST + 3].to(tl.float32, bitcast=True)
     d0, d1 = half_bits(tile[COUNT * 8 + i]), half_bits(tile[COUNT * 10 + i])
     p0, p1 = c[0].to(tl.float32, bitcast=True) - FLOAT, c[1].to(tl.float32, bitcast=True) - FLOAT
     p2, p3 = c[2].to(tl.float32, bitcast=True) - FLOAT, c[3].to(tl.float32, bitcast=True) - FLOAT
@@ -245,6 +259,7 @@ def _wide_kernel(
     KS: tl.constexpr = K // SPAN
     STEPS: tl.constexpr = (KS + COUNT * WARPS - 1) // (COUNT * WARPS)
     MASKED: tl.constexpr = STEPS * COUNT * WARPS != KS
+    AHEAD: tl.constexpr = COUNT if COUNT * TT <= 4 else 1
     shape: tl.constexpr = (RT, TT, WARPS, 8, 4)
     zero = tl.zeros((1, 1, 1, 8, 4), tl.int32)  # added to an index, it keeps the threads of a warp in place
     r = tl.arange(0, 8)[None, None, None, :, None] + zero
@@ -272,19 +287,13 @@ def _wide_kernel(
                     words, high, d, m, n + N, N * 2 - 1, ahead, j, K, BITS, SPAN, COUNT, MIN_SIGN != 0, True
                 )
         for i in tl.static_range(COUNT):
-            at = eight * KS + span + i
-            inside = at >= 0
-            if MASKED:
-                inside = span + i + eight * 0 < KS
-            f = load_words(factors + at * 16 + j * 4, inside)
-            if SPAN == 128:
-                b = load_words(x + at * 256 + (r * 4 + j) * 4, inside)
-                b += load_words(x + at * 256 + 128 + (r * 4 + j) * 4, inside)
-            else:
-                b = load_words(x + at * 128 + (r * 4 + j) * 4, inside)
-            acc = multiply(acc, tile, i, j, b, f, BITS, SPAN, COUNT, OFFSET, MIN_SIGN, shape)
+            if i % AHEAD == 0:  # the loads of x for some spans at once, or each waits for its own
+                rows_of_x = ()
+                for later in tl.static_range(AHEAD):
+                    rows_of_x += load_x(x, factors, eight, span + (i + later), r, j, KS, SPAN, MASKED)
+            acc = multiply(acc, tile, i, j, rows_of_x, i % AHEAD, BITS, SPAN, COUNT, OFFSET, MIN_SIGN, shape)
             if GATE is not None:
-                up = multiply(up, twin, i, j, b, f, BITS, SPAN, COUNT, OFFSET, MIN_SIGN, shape)
+                up = multiply(up, twin, i, j, rows_of_x, i % AHEAD, BITS, SPAN, COUNT, OFFSET, MIN_SIGN, shape)
         if STEPS > 1:
             tile = next_tile
             if GATE is not None:
