@@ -36,8 +36,9 @@ def block_linear(
     gated: ``silu`` or ``gelu_tanh``: W holds F gate rows, then F up rows, and the result is act(gate) * up, [M, F].
     Returns [M, N] (or [M, F]) of ``out_dtype``; default: the residual's dtype, else x's.
 
-    On a GPU up to 16 rows (up to 64 where that was measured to be faster) are rounded to int8 in groups of 32 columns,
-    and more are multiplied in bfloat16; sums are float32. On the CPU everything is float32. Raises KernelError.
+    On a GPU up to 16 rows (up to 64 where that was measured to be faster) are rounded to int8 in groups of 32 columns
+    (the path ``wide``: of the 64 or 128 of a group of W), and more are multiplied in bfloat16; sums are float32. On the
+    CPU everything is float32. Raises KernelError.
     """
     check_linear("block_linear", x, weight.shape, weight.device, norm, bias, residual, gated)
     if squares is not None:

@@ -42,7 +42,8 @@ def block_linear_int8_ref(
 ) -> torch.Tensor:
     """``block_linear`` with activations rounded to int8, ``group`` columns to a scale, as the kernels for few rows do.
 
-    The streamed and the batched kernel share a scale among 32 columns, the resident one among 4. Sums are float64.
+    The streamed and the batched kernel share a scale among 32 columns, the resident one among 4, the wide one among a
+    group of W. Sums are float64.
     """
     x = with_heads(x, squares, eps)
     wide = x.float() if norm is None else rms_norm_ref(x, norm, eps, torch.float32)

@@ -58,6 +58,7 @@ def _round_kernel(
         at = c // 16 % 2 * 512 + c // 32 * 16 + c % 16 + row % 8 * 64
     else:
         at = c // 32 * 32 + c % 16 // 8 * 16 + c % 32 // 16 * 8 + c % 8 + row % 8 * 64
+        at = tl.max_contiguous(tl.multiple_of(at, (1, 8)), (1, 8))  # the compiler would store byte by byte
     span = row // 8 * KS + g
     tl.store(out + span[:, None] * (SPAN * 8) + at, rounded.to(tl.int8), mask=inside)
     tl.store(factors + span * 16 + row % 8 * 2, scale, mask=g < KS)
