@@ -82,13 +82,10 @@ class Blocks:
         return self.experts * (1 - (1 - TOP_K / self.experts) ** m) + 1
 
 
-INTEGER_GATE = (
-    (1, 1, 1, 128), (1, 1, 2, 128), (1, 1, 1, 80), (1, 1, 3, 168), (1, 1, 2, 168), (1, 2, 1, 64), (1, 2, 1, 128),
-    (1, 2, 2, 128), (2, 1, 1, 168), (2, 1, 1, 255), (2, 2, 1, 128), (2, 2, 1, 168), (2, 4, 1, 128), (1, 4, 1, 64),
-)  # fmt: skip
+INTEGER_GATE = ((1, 128), (1, 96), (1, 168), (2, 168), (2, 255))
 INTEGER_DOWN = (
-    (1, 8, 1, 4, 128), (1, 4, 1, 4, 128), (2, 4, 1, 4, 168), (2, 8, 1, 4, 168), (1, 8, 1, 2, 96), (1, 8, 2, 2, 96),
-    (1, 16, 1, 4, 128), (2, 8, 1, 2, 128), (1, 4, 1, 2, 96), (2, 4, 1, 2, 128), (2, 8, 2, 2, 128), (4, 4, 1, 1, 168),
+    (1, 8, 4, 128), (1, 4, 4, 128), (2, 4, 4, 128), (2, 4, 4, 168), (2, 8, 4, 128), (2, 8, 2, 128), (2, 4, 2, 128),
+    (2, 2, 4, 168), (4, 4, 1, 168), (4, 2, 2, 255),
 )  # fmt: skip
 
 
@@ -107,9 +104,9 @@ def candidates(m: int, integer: bool = False) -> list[list[dict[str, int | bool]
         down += [{"down_rows": 2, "down_warps": 2, "together": 2}, {"down_rows": 2, "down_warps": 4, "together": 2}]
         return [gate, down, product(("router_rows", "router_warps"), (1, 2, 4), (2, 4, 8)), gate, down]
     if integer:
-        names = ("gate_tiles", "gate_split", "gate_depth", "registers")
+        names = ("gate_tiles", "registers")
         gate = [dict(zip(names, chosen, strict=True)) for chosen in INTEGER_GATE]
-        names = ("down_tiles", "down_warps", "down_split", "down_depth", "down_registers")
+        names = ("down_tiles", "down_warps", "down_depth", "down_registers")
         down = [dict(zip(names, chosen, strict=True)) for chosen in INTEGER_DOWN]
         return [gate, down, product(("router_rows", "router_warps", "router_tokens"), (4, 8), (4, 8), (1, 2, 4))]
     return [
@@ -137,7 +134,7 @@ def compile_all(kind: str, ms: list[int]) -> None:
     began = time.monotonic()
     jobs = []
     for m in ms:
-        groups = [group for group in candidates(m, m > 1 and (kind, kind) == moe.INTEGER) if group]
+        groups = [group for group in candidates(m, default_tiles(m, HIDDEN, WIDTH, (kind, kind)).integer) if group]
         for row in itertools.zip_longest(*groups[:3]):  # a job compiles one candidate of each group
             fields = {name: value for chosen in row if chosen for name, value in chosen.items()}
             jobs.append((kind, m, replace(default_tiles(m, HIDDEN, WIDTH, (kind, kind)), **fields)))

@@ -35,7 +35,7 @@ def assert_close(found: torch.Tensor, case: MoeCase) -> None:
 SIZES = {"hidden": 2048, "width": 512, "num_experts": 40, "top_k": 8}
 
 
-@pytest.mark.parametrize("m", [1, 2, 7, 33, 64, 65, 300])
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 33, 64, 65, 300])
 @pytest.mark.parametrize("kind", ["I4_128", "Q4_K", "Q6_K"])
 def test_real_sizes(kind, m):
     case = random_case(m, CUDA, gate_up_kind=kind, down_kind=kind, **SIZES)
@@ -63,7 +63,15 @@ def test_options(options, m):
     assert_close(moe_block(case.h, **case.arguments()), case)
 
 
-@pytest.mark.parametrize("m", [1, 4, 64])
+@pytest.mark.parametrize("m", [8, 40])
+@pytest.mark.parametrize("options", [{"hidden": 1152, "width": 384}, {"num_experts": 3, "top_k": 2}], ids=str)
+def test_lists_on_tensor_cores_at_odd_sizes(options, m):
+    """Odd numbers of groups of 128 columns, rows beyond the last tile, experts that many tokens share."""
+    case = random_case(m, CUDA, gate_up_kind="I4_128", down_kind="I4_128", **{**SIZES, **options})
+    assert_close(moe_block(case.h, **case.arguments()), case)
+
+
+@pytest.mark.parametrize("m", [1, 4, 9, 64])
 def test_a_chain_in_a_graph_repeats_bit_for_bit(m):
     case = random_case(m, CUDA, gate_up_kind="I4_128", down_kind="I4_128", **SIZES)
     start = case.h

@@ -97,17 +97,26 @@ def test_tokens_that_all_take_one_expert(device):
 @pytest.mark.parametrize(
     ("m", "fields", "options"),
     [
-        (2, {}, {}),
-        (11, {"gate_tiles": 2, "gate_split": 2, "gate_depth": 1, "down_tiles": 2, "down_split": 2}, {"num_experts": 2}),
-        (3, {"gate_split": 2, "gate_depth": 3, "down_depth": 1}, {"hidden": 640, "width": 384, "has_shared": False}),
+        (2, {"down_depth": 1}, {"hidden": 512, "width": 256, "num_experts": 2}),
+        (11, {"gate_tiles": 2, "down_tiles": 2}, {"num_experts": 2}),
+        (3, {"down_tiles": 2, "down_warps": 8}, {"hidden": 384, "has_shared": False}),
     ],
 )
 def test_lists_on_tensor_cores(m, fields, options, device):
-    """Eight and more picks of an expert, columns that steps and splits do not divide, rows beyond the last tile."""
+    """Eight and more picks of an expert, even and odd numbers of groups, rows beyond the last tile."""
     sizes = {"hidden": 256, "width": 128, "num_experts": 3, "top_k": 1, **options}
     case = random_case(m, device, gate_up_kind="I4_128", down_kind="I4_128", **sizes)
-    found = launch(case, tiles(integer=True, tokens=8, down_warps=4, **fields))
+    found = launch(case, tiles(**{"integer": True, "tokens": 8, "down_warps": 4, **fields}))
     assert_modelled(found, case, (128, 128))
+
+
+def test_tensor_cores_take_lists_of_one_kind():
+    rule = load("ostinato.kernels.moe.triton:default_tiles")
+    ours = ("I4_128", "I4_128")
+    assert [rule(m, 2048, 512, ours).integer for m in (1, 4, 8, 64)] == [False, False, True, True]
+    assert not rule(8, 2048, 512, ("I4_128", "Q4_K")).integer
+    assert rule(8, 2048, 512, ours).int8_groups() == (128, 128)
+    assert rule(4, 2048, 512, ours).int8_groups() == (16, 8)
 
 
 def test_equal_logits_go_to_the_lower_expert(device):

@@ -36,9 +36,9 @@ def moe_block(
     w_k: softmax of the chosen ``top_k`` logits or, without ``normalize``, of all. w_shared: sigmoid(shared_gate · x̂)
     for a shared_gate [H] or [1, H] of the router's dtype, else 1. Returns float32 [M, H]. Raises KernelError.
 
-    On a GPU up to 64 rows are rounded to int8, four columns to a scale, before products with block weights, and more
-    are rounded to bfloat16; logits and sums are float32. Logits that agree in their upper 32 - log2(E) bits may count
-    as equal when experts are chosen; of equal ones the lower number wins. Dense stacks are multiplied in float32.
+    On a GPU up to 64 rows are rounded to int8, 4 to 128 columns to a scale, before products with block weights, and
+    more are rounded to bfloat16; logits and sums are float32. Logits that agree in their upper 32 - log2(E) bits may
+    count as equal when experts are chosen; of equal ones the lower number wins. Dense stacks are multiplied in float32.
     """
     gate = None if shared_gate is None else shared_gate.reshape(-1)
     _check(h, norm, router, gate_up, down, num_experts, top_k, gate, has_shared)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -27,6 +27,7 @@ from ostinato.quant.blocks import KINDS, BlockWeight
 
 MAX_ROWS = 64  # more are products on the tensor cores
 INTEGER = ("I4_128", "I4_128")  # kinds whose lists are products on integer tensor cores
+MIN_INTEGER = 8  # rows from which they are
 MAX_COLUMNS = 8192  # a program holds whole rows of a weight in registers
 
 
@@ -39,10 +40,9 @@ class MoeTiles:
     the threads of down for one token, a divisor of its rows a thread and of the rows side by side. tokens: picks that
     share a program. registers: most of a thread in products of lists, 0 for no limit.
 
-    integer: lists are multiplied on tensor cores, 128 of F a program, eight picks at a time. Then gate_tiles: tiles of
-    16 rows a warp. gate_split, down_split: warps that share rows and split columns. gate_depth, down_depth: groups of
-    128 columns that are loaded ahead. down_tiles: tiles of 16 rows a warp of the down_warps. down_registers: as
-    registers.
+    integer: lists are multiplied on tensor cores, 128 of F a program, eight picks at a time (tokens is 8). Then
+    gate_tiles, down_tiles: tiles of 16 rows a warp, the latter in down_warps. down_depth: groups of 128 columns that
+    are loaded ahead. down_registers: as registers.
     """
 
     router_rows: int
@@ -58,10 +58,7 @@ class MoeTiles:
     registers: int = 0
     integer: bool = False
     gate_tiles: int = 1
-    gate_split: int = 1
-    gate_depth: int = 2
     down_tiles: int = 1
-    down_split: int = 1
     down_depth: int = 4
     down_registers: int = 128
 
@@ -79,9 +76,10 @@ def default_tiles(m: int, hidden: int, width: int, kinds: tuple[str, str]) -> Mo
     if m == 1:
         together = 2 if width <= 2048 else 1
         return MoeTiles(2, 8, 4, max(1, min(4, hidden // 1024)), 2 * together, 4, together=together)
+    if kinds == INTEGER and m >= MIN_INTEGER and width <= 2048:
+        router = MoeTiles(8, 8, 8, wide, 8, 4, router_tokens=2 if m < 32 else 4, registers=128)
+        return replace(router, integer=True, down_tiles=2)
     router_tokens = 1 if m < 16 else 2
-    if kinds == INTEGER:
-        return MoeTiles(8, 8, 8, wide, 8, 8, router_tokens=router_tokens, tokens=8, registers=128, integer=True)
     return MoeTiles(8, 8, 8, wide, 8, 4, router_tokens=router_tokens, tokens=16, registers=128)
 
 
@@ -122,7 +120,10 @@ def moe_block(
         )
     kinds = gate_up_kind, down_kind
     tiles = default_tiles(tokens, hidden, width, kinds) if tiles is None else tiles
-    assert not tiles.integer or (kinds == INTEGER and tokens > 1), "tensor cores take lists of I4_128 only"
+    if tiles.integer:
+        assert kinds == INTEGER, "tensor cores take lists of I4_128 only"
+        assert tokens > 1, "one token has no lists"
+        assert tiles.tokens == 8, "a product has eight picks"
     t = tiles
     device = h.device
     options = launch_options(device)
@@ -185,18 +186,14 @@ def moe_block(
         scales = torch.empty((tokens * picks, width // 128, 2), dtype=torch.float32, device=device)
         gate_words, _, gate_d, gate_m, _, _ = gate_planes
         down_words, _, down_d, down_m, _, _ = down_planes
-        split = min(t.gate_split, hidden // 128)
         _gate_up_mma_kernel[(width // 128, num_shared + num_blocks)](
             *x, *lists, gate_words, gate_d, gate_m, inner, scales, *counts, hidden, width, picks,
-            t.gate_tiles, split, min(t.gate_depth, triton.cdiv(hidden // 128, split)),
-            num_warps=8 // t.gate_tiles * split, **options, **limit,
+            t.gate_tiles, num_warps=8 // t.gate_tiles, **options, **limit,
         )  # fmt: skip
-        split = min(t.down_split, t.down_warps, width // 128)
-        side = t.down_warps // split
-        _down_mma_kernel[(triton.cdiv(hidden, t.down_tiles * side * 16), num_shared + num_blocks)](
+        _down_mma_kernel[(triton.cdiv(hidden, t.down_tiles * t.down_warps * 16), num_shared + num_blocks)](
             inner.view(torch.int32), scales, *lists, weights, down_words, down_d, down_m, parts, *counts, hidden, width,
-            picks, t.down_tiles, side, split, min(t.down_depth, triton.cdiv(width // 128, split)),
-            num_warps=side * split, **options, **_limit(t.down_registers),
+            picks, t.down_tiles, t.down_warps, min(t.down_depth, width // 128), num_warps=t.down_warps, **options,
+            **_limit(t.down_registers),
         )  # fmt: skip
     else:
         _gate_up_list_kernel[(width // t.gate_rows, num_shared + num_blocks)](
