@@ -7,7 +7,7 @@ from ostinato.kernels import tuning
 from ostinato.kernels.tuning import Tiles, linear_key
 from ostinato.quant.blocks import KINDS
 
-PATHS = {"resident", "streamed", "mma", "tile", "gemm"}
+PATHS = {"resident", "streamed", "mma", "wide", "packed", "tile", "gemm"}
 
 
 def test_a_table_survives_writing(tmp_path):
