@@ -27,7 +27,7 @@ from ostinato.quant.blocks import KINDS, BlockWeight
 
 MAX_ROWS = 64  # more are products on the tensor cores
 INTEGER = ("I4_128", "I4_128")  # kinds whose lists are products on integer tensor cores
-MIN_INTEGER = 8  # rows from which they are
+MIN_INTEGER = MAX_ROWS + 1  # rows from which the rule takes them: none, before all of their tests have run on a GPU
 MAX_COLUMNS = 8192  # a program holds whole rows of a weight in registers
 
 
