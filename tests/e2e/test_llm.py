@@ -194,6 +194,26 @@ def test_an_answer_that_is_broken_off_leaves_the_conversation_usable(path: Path,
         assert kept == ids_of(list(llm.stream(follow, params)))
 
 
+@pytest.mark.parametrize("after", [1, 5, 12])
+def test_recurrent_state_is_gone_on_from_where_it_stands_alone(recurrent_path: Path, after: int) -> None:
+    """It cannot go back: a prompt that leaves what has run starts anew, and both ways answer as without a session."""
+    with LLM.load(str(recurrent_path), device="cpu", dtype="float32", max_batch=2, chunk=5) as llm:
+        session = llm.session()
+        ids = llm.tokenizer.encode(PROMPT)
+        stream = llm.stream(ids, SamplingParams(temperature=0, max_tokens=12), session=session)
+        tokens = ids_of(list(itertools.islice(stream, after)))
+        stream.close()
+        params = SamplingParams(temperature=0, max_tokens=12)
+        follow = [*ids, *tokens, *ids]
+        kept = ids_of(list(llm.stream(follow, params, session=session)))
+        assert llm.stats.cached_tokens == len(ids) + after - 1
+        assert kept == ids_of(list(llm.stream(follow, params)))
+        edited = [*ids, *ids]
+        kept = ids_of(list(llm.stream(edited, params, session=session)))
+        assert llm.stats.cached_tokens == 0
+        assert kept == ids_of(list(llm.stream(edited, params)))
+
+
 def test_one_answer_at_a_time_in_a_conversation(path: Path) -> None:
     with LLM.load(str(path), device="cpu", max_batch=2) as llm:
         session = llm.session()

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ostinato.engine.request import Request
+from ostinato.engine.request import Request, Sequence
 from ostinato.engine.runner import Runner, bucket_sizes
 from ostinato.engine.scheduler import RUN_AHEAD, Scheduler
 from ostinato.errors import ContextLengthError, OstinatoError, SamplingError, UsageError
+from ostinato.sampling import SamplingParams
 from tests.unit.engine.machine import (
     CONTEXT,
     PAGE,
@@ -387,3 +388,16 @@ def test_a_late_runner_is_late() -> None:
     runner.prefill(0, (1, 2), 0, draw=True, remaining=5)
     assert runner.late.launched == [0]
     assert runner.wait(0).token is not None
+
+
+@pytest.mark.parametrize(
+    ("launched", "drawn", "reason", "ended"),
+    [(5, 5, "stop", True), (7, 5, "stop", True), (5, 5, "length", True), (5, 5, None, True), (7, 5, None, False),
+     (7, 5, "cancelled", False), (0, 0, None, True)],
+)  # fmt: skip
+def test_a_sequence_knows_whether_later_tokens_were_run(
+    launched: int, drawn: int, reason: str | None, ended: bool
+) -> None:
+    request = Request((1, 2, 3), SamplingParams(), frozenset())
+    sequence = Sequence(request, launched=launched, tokens=list(range(drawn)), finish_reason=reason)
+    assert sequence.ended_in_step == ended
