@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,15 @@ class Staging:
         """
         current = torch.cuda.current_stream(self._device)
         ready = current.record_event()
-        descriptor = os.open(path, os.O_RDONLY)
         try:
-            pieces = range(0, target.numel(), PIECE_BYTES)
-            jobs = [self._threads.submit(self._piece, descriptor, start, at, target, ready) for at in pieces]
-            for event in [job.result() for job in jobs]:
-                current.wait_event(event)
+            with path.open("rb", buffering=0) as file:
+                pieces = range(0, target.numel(), PIECE_BYTES)
+                jobs = [self._threads.submit(self._piece, file.fileno(), start, at, target, ready) for at in pieces]
+                wait(jobs)  # nobody may read from a descriptor that is closed
+            for job in jobs:
+                current.wait_event(job.result())
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-        finally:
-            os.close(descriptor)
 
     def _piece(
         self, descriptor: int, start: int, at: int, target: torch.Tensor, ready: torch.cuda.Event
