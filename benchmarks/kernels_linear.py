@@ -138,7 +138,7 @@ class Bench:
         gated = "silu" if self.product.gated else None
         found: torch.Tensor = launch(
             self.x, w.words, w.d, w.high, w.m, w.sub_d, w.sub_m, w.kind.name, self.norm, 1e-5, None, self.residual,
-            gated, self.out_dtype, self.squares, tiles,
+            gated, self.out_dtype, tiles,
         )  # fmt: skip
         return found
 
@@ -257,7 +257,7 @@ def qwen35(ms: tuple[int, ...]) -> list[Product]:
         for m in ms
         for product in (
             Product("I4_128", 12288, 2048, m, norm=True),
-            Product("I4_128", 2048, 4096, m, residual=True, heads=32 if m == 1 else 0),
+            Product("I4_128", 2048, 4096, m, residual=True),
             *([Product("I4_128", 2048, 4096, 1, residual=True, heads=32, rounded=True)] if m == 1 else []),
             Product("I4_128", 9216, 2048, m, norm=True),
             Product("I6_64", 248320, 2048, m, norm=True),

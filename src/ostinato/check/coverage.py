@@ -51,9 +51,8 @@ class LinesRun:
 
     def branches_not_reached(self) -> list[Frame]:
         """The first line of each branch that did not run, in functions that did."""
-        found: dict[
-            tuple[str, int], Frame
-        ] = {}  # a nested function's branches are also its outer one's: the inner wins
+        # A nested function's branches are also its outer one's: the inner wins.
+        found: dict[tuple[str, int], Frame] = {}
         for file, lines in sorted(self.lines.items()):
             for function, start, branches in function_branches(file):
                 if start & lines:

@@ -99,6 +99,17 @@ def plane_columns(kind: BlockKind, k: int) -> dict[str, tuple[int, torch.dtype]]
     return planes
 
 
+Operands = tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    str,
+]
+
+
 @dataclass(frozen=True, eq=False)
 class BlockWeight:
     """A block-quantized matrix of N rows (outputs) and K columns (inputs).
@@ -117,6 +128,26 @@ class BlockWeight:
     m: torch.Tensor | None = None
     sub_d: torch.Tensor | None = None
     sub_m: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        columns: int,
+        words: torch.Tensor,
+        d: torch.Tensor,
+        high: torch.Tensor | None,
+        m: torch.Tensor | None,
+        sub_d: torch.Tensor | None,
+        sub_m: torch.Tensor | None,
+        kind: str,
+    ) -> BlockWeight:
+        """The weight of ``columns`` columns whose ``operands`` these are."""
+        return cls(KINDS[kind], (words.shape[0], columns), words, d, high, m, sub_d, sub_m)
+
+    @property
+    def operands(self) -> Operands:
+        """What a registered op takes in place of the weight: its planes, absent ones as None, and its kind's name."""
+        return self.words, self.d, self.high, self.m, self.sub_d, self.sub_m, self.kind.name
 
     def planes(self) -> dict[str, torch.Tensor]:
         """The tensors that are present, by field name."""

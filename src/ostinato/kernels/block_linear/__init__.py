@@ -8,7 +8,7 @@ from ostinato.errors import KernelError
 from ostinato.kernels.block_linear.ref import block_linear_ref, default_dtype, int8_linear_ref
 from ostinato.kernels.gated import GATES
 from ostinato.kernels.registry import register
-from ostinato.quant.blocks import KINDS, BlockWeight
+from ostinato.quant.blocks import BlockWeight
 
 __all__ = ["block_linear", "check_linear", "int8_linear"]
 
@@ -25,14 +25,11 @@ def block_linear(
     residual: torch.Tensor | None = None,
     gated: str | None = None,
     out_dtype: torch.dtype | None = None,
-    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """residual + act(x̂ Wᵀ + bias), where x̂ is x or rms_norm(x, norm, eps).
 
     x: [M, K] float32, bfloat16 or float16, rows of adjacent elements. weight: N rows of K columns.
     norm: float32 [K]. bias: [N] of floats. residual: float32 [M, N], contiguous; it is not written.
-    squares: float32 [M, heads, 4] in place of a norm: for each head of x a sum of squares, in four parts; x̂ is
-    x / sqrt(that sum / (K / heads) + eps) (``delta_decode`` leaves this division to its consumer).
     gated: ``silu`` or ``gelu_tanh``: W holds F gate rows, then F up rows, and the result is act(gate) * up, [M, F].
     Returns [M, N] (or [M, F]) of ``out_dtype``; default: the residual's dtype, else x's.
 
@@ -41,38 +38,12 @@ def block_linear(
     CPU everything is float32. Raises KernelError.
     """
     check_linear("block_linear", x, weight.shape, weight.device, norm, bias, residual, gated)
-    if squares is not None:
-        _check_squares(squares, x, norm)
     dtype = out_dtype or default_dtype(x, residual)
     if x.device.type == "cpu":
         return block_linear_ref(
-            x,
-            weight,
-            norm=norm,
-            eps=eps,
-            bias=bias,
-            residual=residual,
-            gated=gated,
-            out_dtype=dtype,
-            squares=squares,
+            x, weight, norm=norm, eps=eps, bias=bias, residual=residual, gated=gated, out_dtype=dtype
         )
-    result: torch.Tensor = _block_linear(
-        x,
-        weight.words,
-        weight.d,
-        weight.high,
-        weight.m,
-        weight.sub_d,
-        weight.sub_m,
-        weight.kind.name,
-        norm,
-        eps,
-        bias,
-        residual,
-        gated,
-        dtype,
-        squares,
-    )
+    result: torch.Tensor = _block_linear(x, *weight.operands, norm, eps, bias, residual, gated, dtype)
     return result
 
 
@@ -87,7 +58,9 @@ def int8_linear(
 ) -> torch.Tensor:
     """residual + x̂ Wᵀ for x that its maker has rounded to int8 already: float32 [M, N].
 
-    x: int8 [M, K]; x̂ is x times its scales, float32 [M, K/32]. squares, eps, residual: as for ``block_linear``.
+    x: int8 [M, K]; x̂ is x times its scales, float32 [M, K/32]. residual: float32 [M, N].
+    squares: float32 [M, heads, 4] where x lacks the norm of its heads: a sum of squares for each, in four parts; x̂ is
+    then divided by sqrt(that sum / (K / heads) + eps) (``delta_decode`` leaves this division to its consumer).
     Raises KernelError.
     """
     n, k = weight.shape
@@ -106,29 +79,20 @@ def int8_linear(
             f" {tuple(residual.shape)} {residual.dtype}"
         )
     if squares is not None:
-        _check_squares(squares, x, None)
-    for name, tensor in (("scale", scale), ("weight", weight), ("residual", residual)):
+        heads = squares.shape[1] if squares.dim() == 3 else 0
+        fits = heads > 0 and squares.shape == (rows, heads, 4) and k % (32 * heads) == 0
+        if not fits or squares.dtype != torch.float32 or not squares.is_contiguous():
+            raise KernelError(
+                f"int8_linear takes contiguous float32 squares [{rows}, heads, 4], heads of a multiple of 32 columns of"
+                f" {k}, got {tuple(squares.shape)} {squares.dtype}"
+            )
+    for name, tensor in (("scale", scale), ("weight", weight), ("squares", squares), ("residual", residual)):
         if tensor is not None and tensor.device != x.device:
             raise KernelError(f"int8_linear: x is on {x.device} and {name} on {tensor.device}: move them to one device")
     if x.device.type == "cpu":
         return int8_linear_ref(x, scale, weight, squares, eps, residual)
-    planes = (weight.words, weight.d, weight.high, weight.m, weight.sub_d, weight.sub_m)
-    result: torch.Tensor = _int8_linear(x, scale, *planes, weight.kind.name, squares, eps, residual)
+    result: torch.Tensor = _int8_linear(x, scale, *weight.operands, squares, eps, residual)
     return result
-
-
-def _check_squares(squares: torch.Tensor, x: torch.Tensor, norm: torch.Tensor | None) -> None:
-    rows, k = x.shape
-    fits = (
-        squares.dim() == 3 and squares.shape[0] == rows and squares.shape[2] == 4 and k % (32 * squares.shape[1]) == 0
-    )
-    if not fits or squares.dtype != torch.float32 or not squares.is_contiguous() or squares.device != x.device:
-        raise KernelError(
-            f"block_linear takes contiguous float32 squares [{rows}, heads, 4] on {x.device}, heads of a multiple of 32"
-            f" columns of {k}, got {tuple(squares.shape)} {squares.dtype} on {squares.device}"
-        )
-    if norm is not None:
-        raise KernelError("block_linear takes either a norm or squares, not both")
 
 
 def check_linear(
@@ -184,9 +148,8 @@ def _block_linear_cpu(
     residual: torch.Tensor | None,
     gated: str | None,
     out_dtype: torch.dtype,
-    squares: torch.Tensor | None,
 ) -> torch.Tensor:
-    weight = BlockWeight(KINDS[kind], (words.shape[0], x.shape[1]), words, d, high, m, sub_d, sub_m)
+    weight = BlockWeight.of(x.shape[1], words, d, high, m, sub_d, sub_m, kind)
     return block_linear_ref(
         x,
         weight,
@@ -196,7 +159,6 @@ def _block_linear_cpu(
         residual=residual,
         gated=gated,
         out_dtype=out_dtype,
-        squares=squares,
     )
 
 
@@ -215,7 +177,6 @@ def _block_linear_fake(
     residual: torch.Tensor | None,
     gated: str | None,
     out_dtype: torch.dtype,
-    squares: torch.Tensor | None,
 ) -> torch.Tensor:
     rows = words.shape[0] if gated is None else words.shape[0] // 2
     return x.new_empty((x.shape[0], rows), dtype=out_dtype)
@@ -223,8 +184,7 @@ def _block_linear_fake(
 
 _block_linear = register(
     "block_linear(Tensor x, Tensor words, Tensor d, Tensor? high, Tensor? m, Tensor? sub_d, Tensor? sub_m, str kind,"
-    " Tensor? norm, float eps, Tensor? bias, Tensor? residual, str? gated, ScalarType out_dtype,"
-    " Tensor? squares) -> Tensor",
+    " Tensor? norm, float eps, Tensor? bias, Tensor? residual, str? gated, ScalarType out_dtype) -> Tensor",
     reference=_block_linear_cpu,
     kernel="ostinato.kernels.block_linear.triton:block_linear",
     fake=_block_linear_fake,
@@ -245,7 +205,7 @@ def _int8_linear_cpu(
     eps: float,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    weight = BlockWeight(KINDS[kind], (words.shape[0], x.shape[1]), words, d, high, m, sub_d, sub_m)
+    weight = BlockWeight.of(x.shape[1], words, d, high, m, sub_d, sub_m, kind)
     return int8_linear_ref(x, scale, weight, squares, eps, residual)
 
 

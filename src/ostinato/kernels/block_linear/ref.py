@@ -19,10 +19,8 @@ def block_linear_ref(
     residual: torch.Tensor | None = None,
     gated: str | None = None,
     out_dtype: torch.dtype | None = None,
-    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What ``block_linear`` means, all of it in float32."""
-    x = with_heads(x, squares, eps)
     wide = x.float() if norm is None else rms_norm_ref(x, norm, eps, torch.float32)
     return finish(wide @ dequantize(weight).T, bias, residual, gated, out_dtype or default_dtype(x, residual))
 
@@ -38,14 +36,12 @@ def block_linear_int8_ref(
     gated: str | None = None,
     out_dtype: torch.dtype | None = None,
     group: int = GROUP,
-    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``block_linear`` with activations rounded to int8, ``group`` columns to a scale, as the kernels for few rows do.
 
     The streamed and the batched kernel share a scale among 32 columns, the resident one among 4, the wide one among a
     group of W. Sums are float64.
     """
-    x = with_heads(x, squares, eps)
     wide = x.float() if norm is None else rms_norm_ref(x, norm, eps, torch.float32)
     quantized, scale = quantize_rows_ref(wide, group)
     rounded = quantized.double() * scale.double().repeat_interleave(group, dim=1)
@@ -63,15 +59,11 @@ def int8_linear_ref(
 ) -> torch.Tensor:
     """What ``int8_linear`` means."""
     wide = x.float() * scale.repeat_interleave(x.shape[1] // scale.shape[1], dim=1)
-    return block_linear_ref(wide, weight, eps=eps, residual=residual, squares=squares, out_dtype=torch.float32)
-
-
-def with_heads(x: torch.Tensor, squares: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """x [M, K] with the norm of its heads applied, given their sums of squares [M, heads, 4] in four parts; else x."""
-    if squares is None:
-        return x
-    head = torch.rsqrt(squares.sum(dim=2) / (x.shape[1] // squares.shape[1]) + eps)
-    return (x.reshape(*squares.shape[:2], -1) * head[:, :, None]).view(x.shape)
+    if squares is not None:
+        heads = squares.shape[1]
+        norm = torch.rsqrt(squares.sum(dim=2) / (x.shape[1] // heads) + eps)
+        wide = (wide.view(x.shape[0], heads, -1) * norm[:, :, None]).view(x.shape)
+    return block_linear_ref(wide, weight, residual=residual, out_dtype=torch.float32)
 
 
 def default_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:

@@ -11,7 +11,6 @@ from ostinato.kernels.block_linear.batch.triton import _mma_kernel
 from ostinato.kernels.block_linear.matmul.triton import _dequantize_kernel, _finish_kernel, _tile_kernel
 from ostinato.kernels.block_linear.matvec.triton import _resident_kernel, _streamed_kernel
 from ostinato.kernels.block_linear.planes import kind_constants, pairs
-from ostinato.kernels.block_linear.ref import with_heads
 from ostinato.kernels.block_linear.wide.triton import _round_kernel, _wide_kernel
 from ostinato.kernels.grouped_linear.triton import packed_matmul
 from ostinato.kernels.launch import gpu_name, launch_options, num_multiprocessors
@@ -37,7 +36,6 @@ def block_linear(
     residual: torch.Tensor | None,
     gated: str | None,
     out_dtype: torch.dtype,
-    squares: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """Launch the kernels for x [M, K]; arguments as the op's, and ``tiles`` in place of the table's."""
@@ -59,12 +57,11 @@ def block_linear(
                 x = x.clone(memory_format=torch.contiguous_format)
             grid = (triton.cdiv(n, tiles.rows * tiles.repeats), triton.cdiv(tokens, tiles.tokens))
             _resident_kernel[grid](
-                x, x.stride(0), norm if norm is not None else d, squares if squares is not None else d, eps, *planes,
-                *after, *constants, tiles.rows, tiles.groups, tiles.repeats, tiles.tokens, norm is not None,
-                squares.shape[1] if squares is not None else 0, *flags, num_warps=tiles.warps, **options,
+                x, x.stride(0), norm if norm is not None else d, eps, *planes, *after, *constants,
+                tiles.rows, tiles.groups, tiles.repeats, tiles.tokens, norm is not None, *flags,
+                num_warps=tiles.warps, **options,
             )  # fmt: skip
             return out
-        x = with_heads(x, squares, eps)
         quantized, scales = rms_norm_quantize(x, norm, eps)
         quantized, scales = quantized.view(torch.int32), scales.view(torch.int32)
         grid = (triton.cdiv(n, tiles.rows), triton.cdiv(tokens, tiles.tokens))
@@ -77,9 +74,8 @@ def block_linear(
             _streamed(quantized, scales, None, eps, planes, after, constants, flags, tiles)
         return out
     if tiles.path == "wide":
-        _wide(x, norm, squares, eps, words, high, d, m, bias, residual, out, KINDS[kind], gated, tiles)
+        _wide(x, norm, eps, words, high, d, m, bias, residual, out, KINDS[kind], gated, tiles)
         return out
-    x = with_heads(x, squares, eps)
     if tiles.path == "packed":
         x = rms_norm(x, norm, eps, torch.bfloat16) if norm is not None else x.to(torch.bfloat16)
         return packed_matmul(x, words, d, high, m, sub_d, sub_m, kind, bias, residual, gated, out_dtype)
@@ -174,7 +170,6 @@ def takes_wide(kind: BlockKind) -> bool:
 def _wide(
     x: torch.Tensor,
     norm: torch.Tensor | None,
-    squares: torch.Tensor | None,
     eps: float,
     words: torch.Tensor,
     high: torch.Tensor | None,
@@ -191,16 +186,14 @@ def _wide(
     assert takes_wide(kind), f"{kind.name} has no wide product"
     (tokens, k), n = x.shape, out.shape[1]
     span = kind.group
-    if squares is not None and (k // squares.shape[1]) % span != 0:
-        x, squares = with_heads(x, squares, eps), None
     eights = triton.cdiv(tokens, 8)
     rounded = torch.empty((eights, k // span, span * 2), dtype=torch.int32, device=x.device)
     factors = torch.empty((eights, k // span, 16), dtype=torch.float32, device=x.device)
     spans, options = triton.next_power_of_2(k // span), launch_options(x.device)
     _round_kernel[(eights * 8,)](
-        x, x.stride(0), norm if norm is not None else d, squares if squares is not None else d, eps,
+        x, x.stride(0), norm if norm is not None else d, eps,
         rounded.view(torch.int8), factors, tokens, k, span, spans, norm is not None,
-        squares.shape[1] if squares is not None else 0, num_warps=row_warps(spans * span), **options,
+        num_warps=row_warps(spans * span), **options,
     )  # fmt: skip
     grid = (triton.cdiv(n, tiles.rows), triton.cdiv(tokens, tiles.tokens))
     scales = d.view(torch.int16)

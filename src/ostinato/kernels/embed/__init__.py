@@ -7,7 +7,7 @@ import torch
 from ostinato.errors import KernelError
 from ostinato.kernels.embed.ref import embed_ref
 from ostinato.kernels.registry import register
-from ostinato.quant.blocks import KINDS, BlockWeight
+from ostinato.quant.blocks import BlockWeight
 
 __all__ = ["embed"]
 
@@ -38,10 +38,7 @@ def embed(
             tokens, weight, None, None, None, None, None, None, weight.shape[1], out_dtype, scale
         )
         return result
-    w = weight
-    found: torch.Tensor = _embed(
-        tokens, w.words, w.d, w.high, w.m, w.sub_d, w.sub_m, w.kind.name, w.shape[1], out_dtype, scale
-    )
+    found: torch.Tensor = _embed(tokens, *weight.operands, weight.shape[1], out_dtype, scale)
     return found
 
 
@@ -60,7 +57,7 @@ def _embed_cpu(
 ) -> torch.Tensor:
     if kind is None or d is None:
         return embed_ref(tokens, words, out_dtype, scale)
-    weight = BlockWeight(KINDS[kind], (words.shape[0], columns), words, d, high, m, sub_d, sub_m)
+    weight = BlockWeight.of(columns, words, d, high, m, sub_d, sub_m, kind)
     return embed_ref(tokens, weight, out_dtype, scale)
 
 

@@ -23,7 +23,7 @@ from ostinato.kernels.block_linear.ref import block_linear_ref, default_dtype
 from ostinato.kernels.gated import GATES
 from ostinato.kernels.grouped_linear.ref import grouped_down_ref, grouped_gate_up_ref, sort_picks_ref
 from ostinato.kernels.registry import register
-from ostinato.quant.blocks import KINDS, BlockWeight
+from ostinato.quant.blocks import BlockWeight
 
 __all__ = ["PickSchedule", "grouped_down", "grouped_gate_up", "grouped_linear", "packed_matmul", "sort_picks"]
 
@@ -70,7 +70,7 @@ def packed_matmul(
     dtype = out_dtype or default_dtype(x, residual)
     if x.device.type == "cpu":
         return block_linear_ref(x, weight, bias=bias, residual=residual, gated=gated, out_dtype=dtype)
-    result: torch.Tensor = _packed_matmul(x, *_operands(weight), bias, residual, gated, dtype)
+    result: torch.Tensor = _packed_matmul(x, *weight.operands, bias, residual, gated, dtype)
     return result
 
 
@@ -127,7 +127,7 @@ def grouped_gate_up(
     if x.device.type == "cpu":
         return grouped_gate_up_ref(x, gate_up, s.order, s.blocks, s.num_experts, s.top_k, gated, dtype)
     result: torch.Tensor = _grouped_gate_up(
-        x, *_operands(gate_up), s.order, s.blocks, s.num_experts, s.top_k, s.block_rows, gated, dtype
+        x, *gate_up.operands, s.order, s.blocks, s.num_experts, s.top_k, s.block_rows, gated, dtype
     )
     return result
 
@@ -168,7 +168,7 @@ def grouped_down(
     if act.device.type == "cpu":
         return grouped_down_ref(act, down, s.order, s.blocks, s.num_experts, weights, residual, out_dtype)
     result: torch.Tensor = _grouped_down(
-        act, *_operands(down), s.order, s.blocks, s.num_experts, s.block_rows, weights, residual, out_dtype
+        act, *down.operands, s.order, s.blocks, s.num_experts, s.block_rows, weights, residual, out_dtype
     )
     return result
 
@@ -209,21 +209,6 @@ def _expert_rows(op: str, x: torch.Tensor, stack: BlockWeight, schedule: PickSch
     return n // schedule.num_experts
 
 
-Operands = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, str
-]
-
-
-def _operands(weight: BlockWeight) -> Operands:
-    w = weight
-    return w.words, w.d, w.high, w.m, w.sub_d, w.sub_m, w.kind.name
-
-
-def _weight(k: int, operands: Operands) -> BlockWeight:
-    words, d, high, m, sub_d, sub_m, kind = operands
-    return BlockWeight(KINDS[kind], (words.shape[0], k), words, d, high, m, sub_d, sub_m)
-
-
 _PLANES = "Tensor words, Tensor d, Tensor? high, Tensor? m, Tensor? sub_d, Tensor? sub_m, str kind"
 
 
@@ -241,26 +226,8 @@ def _packed_matmul_cpu(
     gated: str | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    weight = _weight(x.shape[1], (words, d, high, m, sub_d, sub_m, kind))
+    weight = BlockWeight.of(x.shape[1], words, d, high, m, sub_d, sub_m, kind)
     return block_linear_ref(x, weight, bias=bias, residual=residual, gated=gated, out_dtype=out_dtype)
-
-
-def _packed_matmul_fake(
-    x: torch.Tensor,
-    words: torch.Tensor,
-    d: torch.Tensor,
-    high: torch.Tensor | None,
-    m: torch.Tensor | None,
-    sub_d: torch.Tensor | None,
-    sub_m: torch.Tensor | None,
-    kind: str,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    gated: str | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    rows = words.shape[0] if gated is None else words.shape[0] // 2
-    return x.new_empty((x.shape[0], rows), dtype=out_dtype)
 
 
 def _sort_picks_fake(ids: torch.Tensor, num_experts: int, block_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,28 +252,8 @@ def _grouped_gate_up_cpu(
     gated: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    weight = _weight(x.shape[1], (words, d, high, m, sub_d, sub_m, kind))
+    weight = BlockWeight.of(x.shape[1], words, d, high, m, sub_d, sub_m, kind)
     return grouped_gate_up_ref(x, weight, order, blocks, num_experts, top_k, gated, out_dtype)
-
-
-def _grouped_gate_up_fake(
-    x: torch.Tensor,
-    words: torch.Tensor,
-    d: torch.Tensor,
-    high: torch.Tensor | None,
-    m: torch.Tensor | None,
-    sub_d: torch.Tensor | None,
-    sub_m: torch.Tensor | None,
-    kind: str,
-    order: torch.Tensor,
-    blocks: torch.Tensor,
-    num_experts: int,
-    top_k: int,
-    block_rows: int,
-    gated: str,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    return x.new_empty((order.shape[0], words.shape[0] // num_experts // 2), dtype=out_dtype)
 
 
 def _grouped_down_cpu(
@@ -326,35 +273,17 @@ def _grouped_down_cpu(
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    weight = _weight(act.shape[1], (words, d, high, m, sub_d, sub_m, kind))
+    weight = BlockWeight.of(act.shape[1], words, d, high, m, sub_d, sub_m, kind)
     return grouped_down_ref(act, weight, order, blocks, num_experts, weights, residual, out_dtype)
-
-
-def _grouped_down_fake(
-    act: torch.Tensor,
-    words: torch.Tensor,
-    d: torch.Tensor,
-    high: torch.Tensor | None,
-    m: torch.Tensor | None,
-    sub_d: torch.Tensor | None,
-    sub_m: torch.Tensor | None,
-    kind: str,
-    order: torch.Tensor,
-    blocks: torch.Tensor,
-    num_experts: int,
-    block_rows: int,
-    weights: torch.Tensor,
-    residual: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    return act.new_empty((weights.shape[0], words.shape[0] // num_experts), dtype=out_dtype)
 
 
 _packed_matmul = register(
     f"packed_matmul(Tensor x, {_PLANES}, Tensor? bias, Tensor? residual, str? gated, ScalarType out_dtype) -> Tensor",
     reference=_packed_matmul_cpu,
     kernel="ostinato.kernels.grouped_linear.triton:packed_matmul",
-    fake=_packed_matmul_fake,
+    fake=lambda x, words, *rest: x.new_empty(
+        (x.shape[0], words.shape[0] // (1 if rest[-2] is None else 2)), dtype=rest[-1]
+    ),
 )
 _sort_picks = register(
     "sort_picks(Tensor ids, int num_experts, int block_rows) -> (Tensor, Tensor)",
@@ -367,12 +296,12 @@ _grouped_gate_up = register(
     " str gated, ScalarType out_dtype) -> Tensor",
     reference=_grouped_gate_up_cpu,
     kernel="ostinato.kernels.grouped_linear.triton:grouped_gate_up",
-    fake=_grouped_gate_up_fake,
+    fake=lambda x, words, *rest: x.new_empty((rest[6].shape[0], words.shape[0] // rest[8] // 2), dtype=rest[-1]),
 )
 _grouped_down = register(
     f"grouped_down(Tensor act, {_PLANES}, Tensor order, Tensor blocks, int num_experts, int block_rows, Tensor weights,"
     " Tensor? residual, ScalarType out_dtype) -> Tensor",
     reference=_grouped_down_cpu,
     kernel="ostinato.kernels.grouped_linear.triton:grouped_down",
-    fake=_grouped_down_fake,
+    fake=lambda act, words, *rest: act.new_empty((rest[10].shape[0], words.shape[0] // rest[8]), dtype=rest[-1]),
 )

@@ -222,11 +222,10 @@ def head_norm(squares, row, g, inside, K: tl.constexpr, HEADS: tl.constexpr, eps
 
 @triton.jit
 def _resident_kernel(
-    x, stride_x, norm, squares, eps, words, high, d, m, sub_d, sub_m, bias, residual, out, M, N, K: tl.constexpr,
+    x, stride_x, norm, eps, words, high, d, m, sub_d, sub_m, bias, residual, out, M, N, K: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
     BN: tl.constexpr, NG: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    NORM: tl.constexpr, HEADS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
-    PDL: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     trigger(PDL)
     KG: tl.constexpr = K // 32
@@ -263,10 +262,6 @@ def _resident_kernel(
     x_upper = quantize_quad(v4, v5, v6, v7, 127.0 / tl.maximum(upp, 1e-30))
     scale_lower = low * (1.0 / 127.0)
     scale_upper = upp * (1.0 / 127.0)
-    if HEADS > 0:
-        head = head_norm(squares, row, g, inside, K, HEADS, eps)
-        scale_lower *= head
-        scale_upper *= head
     sum_lower = scale_lower
     sum_upper = scale_upper
     if SUMS:

@@ -27,8 +27,8 @@ FLOAT = tl.constexpr(12582912.0)
 
 @triton.jit(do_not_specialize=["M"])
 def _round_kernel(
-    x, stride_x, weight, squares, eps, out, factors, M, K: tl.constexpr, SPAN: tl.constexpr, NS: tl.constexpr,
-    NORM: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+    x, stride_x, weight, eps, out, factors, M, K: tl.constexpr, SPAN: tl.constexpr, NS: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     trigger(PDL)
     KS: tl.constexpr = K // SPAN
@@ -48,12 +48,6 @@ def _round_kernel(
     inverse = (127.0 / tl.maximum(largest, 1e-30))[:, None]
     rounded = ((value * inverse + FLOAT).to(tl.int32, bitcast=True) << 24) >> 24
     scale = largest * (1.0 / 127.0)
-    if HEADS > 0:  # the norm of a head only scales it: rounding is the same without
-        head = squares + (row * HEADS + g // (KS // HEADS)) * 4
-        here = (g < KS) & (row < M)
-        total = tl.load(head, mask=here, other=0.0) + tl.load(head + 1, mask=here, other=0.0)
-        total += tl.load(head + 2, mask=here, other=0.0) + tl.load(head + 3, mask=here, other=0.0)
-        scale *= tl.rsqrt(tl.maximum(total / (K // HEADS) + eps, 1e-30))
     if SPAN == 128:
         at = c // 16 % 2 * 512 + c // 32 * 16 + c % 16 + row % 8 * 64
     else:
