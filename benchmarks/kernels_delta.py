@@ -118,8 +118,10 @@ def decode_cases(rows: int, tilings: list[Tiling | None]) -> Iterator[Case]:
 
             def error(tiling: Tiling | None = tiling, defer: bool = defer) -> float:
                 ours, theirs = copied(x | layers[0]), copied(x | layers[0])
-                y, _, _ = delta_decode(**ours, **HEADS, defer_norm=defer, prefetch=False, tiling=tiling)
-                expected, _, _ = delta_decode_ref(**theirs, **HEADS, defer_norm=defer)
+                y, _, scale = delta_decode(**ours, **HEADS, defer_norm=defer, prefetch=False, tiling=tiling)
+                expected, _, true_scale = delta_decode_ref(**theirs, **HEADS, defer_norm=defer)
+                if defer:
+                    y, expected = (a.view(*s.shape, 32) * s[..., None] for a, s in ((y, scale), (expected, true_scale)))
                 return max(distance(y, expected), *(distance(ours[n], theirs[n]) for n in ("state", "pending")))
 
             name = f"decode, {rows} rows{', deferred norm' if defer else ''}, {tiling or 'chosen'}"

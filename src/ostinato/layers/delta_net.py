@@ -96,7 +96,6 @@ class DeltaNet:
             num_v_heads=self.num_v_heads,
             tiled=self.tiled,
             defer_norm=defer,
-            rounded=defer,
             # The embedding starts a step with a full dependency, and states advance in this kernel alone.
             prefetch=True,
         )

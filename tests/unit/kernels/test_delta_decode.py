@@ -23,7 +23,6 @@ def compare(
     active: torch.Tensor | None = None,
     tiled: bool = False,
     defer_norm: bool = False,
-    rounded: bool = False,
     prefetch: bool = False,
     tiling: Tiling | None = None,
     tolerance: float = FLOAT32,
@@ -32,7 +31,7 @@ def compare(
     """Run both on copies of ``given`` and compare results and states; NaN stays where it was."""
     expected, got = copied(given), copied(given, device)
     runs = torch.ones_like(given["slots"]) if active is None else active
-    flags = {"tiled": tiled, "defer_norm": defer_norm, "rounded": rounded}
+    flags = {"tiled": tiled, "defer_norm": defer_norm}
     y_ref, squares_ref, scale_ref = delta_decode_ref(**expected, active=active, **flags)
     y, squares, scale = launch(
         **got, active=None if active is None else active.to(device), **flags, prefetch=prefetch, tiling=tiling
@@ -41,7 +40,7 @@ def compare(
     assert squares.shape == squares_ref.shape
     assert scale.shape == scale_ref.shape
     chosen = runs != 0
-    if rounded:  # values that differ in their last bits may round to neighbours
+    if defer_norm:  # values that differ in their last bits may round to neighbours
         assert (y.cpu()[chosen].int() - y_ref[chosen].int()).abs().max() <= 1
         assert (y.cpu()[chosen] != y_ref[chosen]).float().mean() < 0.01
         assert distance(scale.cpu()[chosen], scale_ref[chosen]) < FLOAT32
@@ -60,16 +59,11 @@ def test_positions(positions: list[int], device: torch.device) -> None:
     compare(with_past(arguments(len(positions)), positions), device)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_deferred_norm_in_parts(parts: int, device: torch.device) -> None:
-    given = with_past(arguments(2, value_dim=32), [5, 0])
-    compare(given, device, defer_norm=True, tiling=Tiling(parts, 1), prefetch=True)
-
-
-@pytest.mark.parametrize(("parts", "value_dim"), [(1, 32), (2, 64), (1, 96), (4, 128)])
-def test_rounded_for_an_int8_product(parts: int, value_dim: int, device: torch.device) -> None:
-    given = with_past(arguments(2, value_dim=value_dim), [5, 0])
-    compare(given, device, defer_norm=True, rounded=True, tiling=Tiling(parts, 1), prefetch=True)
+@pytest.mark.parametrize(("parts", "key_dim", "value_dim"), [(1, 16, 32), (2, 24, 64), (1, 8, 96), (4, 16, 128)])
+def test_deferred_norm_in_parts(parts: int, key_dim: int, value_dim: int, device: torch.device) -> None:
+    given = with_past(arguments(2, key_dim=key_dim, value_dim=value_dim), [5, 0])
+    for tiled in (False, True):
+        compare(given, device, tiled=tiled, defer_norm=True, tiling=Tiling(parts, 2), prefetch=True)
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -77,11 +71,10 @@ def test_rounded_for_an_int8_product(parts: int, value_dim: int, device: torch.d
 def test_odd_sizes(key_dim: int, value_dim: int, hidden: int, width: int, tiled: bool, device: torch.device) -> None:
     given = arguments(2, 3, 6, key_dim, value_dim, hidden, width)
     compare(with_past(given, [4, 1]), device, tiled=tiled)
-    compare(with_past(given, [4, 1]), device, tiled=tiled, defer_norm=True, tiling=Tiling(2, 2))
 
 
 def test_inactive_rows_leave_their_states(device: torch.device) -> None:
-    given = with_past(arguments(3), [5, 3, 0])
+    given = with_past(arguments(3, value_dim=32), [5, 3, 0])
     compare(given, device, active=int32(1, 0, 0))
     compare(given, device, active=int32(0, 1, 1), defer_norm=True)
 
@@ -109,10 +102,9 @@ def test_hidden_sizes_that_are_no_multiple_of_four_are_refused(device: torch.dev
 
 
 def test_parts_fill_the_gpu_and_no_more() -> None:
-    assert choose(1, 32, 128, True, False, 132) == Tiling(4, 4)
-    assert choose(4, 32, 128, True, False, 132) == Tiling(2, 4)
-    assert choose(64, 32, 128, True, False, 132) == Tiling(1, 4)
-    assert choose(1, 32, 128, False, False, 132) == Tiling(1, 4)
-    assert choose(1, 4, 16, True, False, 132).parts == 1
-    assert choose(1, 32, 128, True, True, 132) == Tiling(4, 4)
-    assert choose(1, 32, 64, True, True, 132).parts == 2  # whole groups of 32 columns
+    assert choose(1, 32, 128, True, 132) == Tiling(4, 4)
+    assert choose(4, 32, 128, True, 132) == Tiling(2, 4)
+    assert choose(64, 32, 128, True, 132) == Tiling(1, 4)
+    assert choose(1, 32, 128, False, 132) == Tiling(1, 4)
+    assert choose(1, 4, 16, True, 132).parts == 1
+    assert choose(1, 32, 64, True, 132).parts == 2  # whole groups of 32 columns

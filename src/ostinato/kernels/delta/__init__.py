@@ -36,7 +36,6 @@ def delta_decode(
     num_v_heads: int,
     tiled: bool = False,
     defer_norm: bool = False,
-    rounded: bool = False,
     prefetch: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One token of each row's slot, in one kernel; conv_state, state and pending are written in place at ``slots``.
@@ -56,10 +55,8 @@ def delta_decode(
 
     Returns (y, squares, scale). y: [M, Hv Dv] in qkvz's dtype, rms_norm(o, gate_norm, eps) * silu(z); the others are
     empty.
-    With ``defer_norm`` y is o * gate_norm * silu(z) and squares float32 [M, Hv, 4] has parts of the sum of o² of a
-    head, so that several programs may share it: what follows multiplies by rsqrt(squares.sum(-1) / Dv + eps).
-    With ``rounded`` as well, which takes Dv a multiple of 32, y is int8 with scale float32 [M, Hv Dv / 32], as
-    ``int8_linear`` takes them.
+    With ``defer_norm`` (Dv a multiple of 32) several programs may share a head: y is o * gate_norm * silu(z) as int8 with scale float32 [M, Hv Dv / 32], and squares float32 [M, Hv, 4] has parts of the sum of o² of a head, as
+    ``int8_linear`` takes them, which multiplies by rsqrt(squares.sum(-1) / Dv + eps).
     prefetch: a promise that no kernel has read or written the states, or written slots, positions or active, since the
     last full dependency of the stream (the start of a step); the kernel then reads them all and writes ``state`` while
     the one before it still runs.
@@ -69,14 +66,11 @@ def delta_decode(
         "delta_decode", qkvz, h, norm, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, conv_state, state,
         pending, slots, positions, active, num_k_heads, num_v_heads,
     )  # fmt: skip
-    if rounded and (not defer_norm or state.shape[3] % 32):
-        raise KernelError(
-            "delta_decode rounds results whose norm is deferred, of value heads of a multiple of 32, got defer_norm ="
-            f" {defer_norm} and heads of {state.shape[3]}"
-        )
+    if defer_norm and state.shape[3] % 32:
+        raise KernelError(f"delta_decode defers the norm of value heads of a multiple of 32, got {state.shape[3]}")
     values = (
         qkvz, h, norm, norm_eps, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, eps, conv_state, state,
-        pending, slots, positions, active, num_k_heads, num_v_heads, tiled, defer_norm, rounded,
+        pending, slots, positions, active, num_k_heads, num_v_heads, tiled, defer_norm,
     )  # fmt: skip
     if qkvz.device.type == "cpu":
         return delta_decode_ref(*values)
@@ -194,13 +188,13 @@ def _decode_cpu(*values: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 def _decode_fake(qkvz: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    state, num_v_heads, defer_norm, rounded = rest[10], rest[16], rest[18], rest[19]
+    state, num_v_heads, defer_norm = rest[10], rest[16], rest[18]
     assert isinstance(state, torch.Tensor)
     assert isinstance(num_v_heads, int)
     rows, columns = qkvz.shape[0], num_v_heads * state.shape[3]
-    y = qkvz.new_empty((rows, columns), dtype=torch.int8 if rounded else qkvz.dtype)
+    y = qkvz.new_empty((rows, columns), dtype=torch.int8 if defer_norm else qkvz.dtype)
     squares = qkvz.new_empty((rows, num_v_heads, PARTS) if defer_norm else (0,), dtype=torch.float32)
-    return y, squares, qkvz.new_empty((rows, columns // 32) if rounded else (0,), dtype=torch.float32)
+    return y, squares, qkvz.new_empty((rows, columns // 32) if defer_norm else (0,), dtype=torch.float32)
 
 
 def _prefill_fake(qkvz: torch.Tensor, *rest: object) -> torch.Tensor:
@@ -216,7 +210,7 @@ _ARGUMENTS = (
 )
 _delta_decode = register(
     f"delta_decode({_ARGUMENTS}, Tensor? active, int num_k_heads, int num_v_heads, bool tiled, bool defer_norm,"
-    " bool rounded, bool prefetch) -> (Tensor, Tensor, Tensor)",
+    " bool prefetch) -> (Tensor, Tensor, Tensor)",
     reference=_decode_cpu,
     kernel="ostinato.kernels.delta.decode.triton:delta_decode",
     fake=_decode_fake,

@@ -39,7 +39,6 @@ def delta_decode_ref(
     num_v_heads: int,
     tiled: bool,
     defer_norm: bool,
-    rounded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What ``delta_decode`` means: each row is the next token of its own slot."""
     beta, decay = gates_ref(h, norm, norm_eps, beta_alpha, a_log, dt_bias)
@@ -63,11 +62,8 @@ def delta_decode_ref(
         return y.flatten(1).to(qkvz.dtype), o.new_empty(0), o.new_empty(0)
     squares = o.new_zeros(*o.shape[:2], PARTS)
     squares[..., 0] = o.square().sum(-1)
-    y = (o * gate_norm * gate).flatten(1)
-    if rounded:
-        y, scale = quantize_rows_ref(y)
-        return y, squares, scale
-    return y.to(qkvz.dtype), squares, o.new_empty(0)
+    y, scale = quantize_rows_ref((o * gate_norm * gate).flatten(1))
+    return y, squares, scale
 
 
 def delta_prefill_ref(

@@ -145,7 +145,6 @@ def _delta_decode_kernel(
     SHARERS: tl.constexpr,
     TILED: tl.constexpr,
     DEFER: tl.constexpr,
-    ROUND: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     PREFETCH: tl.constexpr,
     L2_EPS: tl.constexpr,
@@ -250,19 +249,16 @@ def _delta_decode_kernel(
     gated = o * gain * silu(z)
     y_at = y + row.to(tl.int64) * (HV * DV) + head * DV + v_column
     if DEFER:
-        if ROUND:
-            groups = tl.reshape(gated, (BV // 32, 32))
-            largest = tl.max(tl.abs(groups), 1)
-            # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
-            rounded = (groups * (127.0 / tl.maximum(largest, 1e-30))[:, None] + 12582912.0).to(tl.int32, bitcast=True)
-            group = part * (BV // 32) + tl.arange(0, BV // 32)
-            column = group[:, None] * 32 + tl.arange(0, 32)[None, :]
-            y_at = y + row.to(tl.int64) * (HV * DV) + head * DV + column
-            tl.store(y_at, ((rounded << 24) >> 24).to(tl.int8), mask=column < DV)
-            scale_at = scale_of_y + (row * HV + head) * (DV // 32) + group
-            tl.store(scale_at, largest * (1.0 / 127.0), mask=group < DV // 32)
-        else:
-            tl.store(y_at, gated.to(y.dtype.element_ty), mask=in_v)
+        groups = tl.reshape(gated, (BV // 32, 32))
+        largest = tl.max(tl.abs(groups), 1)
+        # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
+        rounded = (groups * (127.0 / tl.maximum(largest, 1e-30))[:, None] + 12582912.0).to(tl.int32, bitcast=True)
+        group = part * (BV // 32) + tl.arange(0, BV // 32)
+        column = group[:, None] * 32 + tl.arange(0, 32)[None, :]
+        y_at = y + row.to(tl.int64) * (HV * DV) + head * DV + column
+        tl.store(y_at, ((rounded << 24) >> 24).to(tl.int8), mask=column < DV)
+        scale_at = scale_of_y + (row * HV + head) * (DV // 32) + group
+        tl.store(scale_at, largest * (1.0 / 127.0), mask=group < DV // 32)
         OWN: tl.constexpr = SLOTS_OF_SQUARES // SHARERS
         own = tl.arange(0, OWN)
         total = tl.where(own == 0, tl.sum(o * o, 0), 0.0)
@@ -280,11 +276,11 @@ class Tiling:
     warps: int
 
 
-def choose(rows: int, heads: int, value_dim: int, defer_norm: bool, rounded: bool, multiprocessors: int) -> Tiling:
+def choose(rows: int, heads: int, value_dim: int, defer_norm: bool, multiprocessors: int) -> Tiling:
     """As measured in docs/performance/kernels_delta.md. A program rounds whole groups of 32 columns."""
     parts = PARTS if defer_norm else 1
     width = triton.next_power_of_2(value_dim)
-    while parts > 1 and (rows * heads * parts > 2 * multiprocessors or width // parts < (32 if rounded else 16)):
+    while parts > 1 and (rows * heads * parts > 2 * multiprocessors or width // parts < 32):
         parts //= 2
     return Tiling(parts, 4)
 
@@ -310,7 +306,6 @@ def delta_decode(
     num_v_heads: int,
     tiled: bool,
     defer_norm: bool,
-    rounded: bool,
     prefetch: bool,
     tiling: Tiling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -319,11 +314,11 @@ def delta_decode(
     key_dim, value_dim = state.shape[2:]
     if hidden % 4:
         raise KernelError(f"delta_decode on a GPU takes a hidden size that is a multiple of 4, got {hidden}")
-    chosen = tiling or choose(rows, num_v_heads, value_dim, defer_norm, rounded, num_multiprocessors(qkvz.device))
+    chosen = tiling or choose(rows, num_v_heads, value_dim, defer_norm, num_multiprocessors(qkvz.device))
     lanes = 32 * chosen.warps
     device, columns = qkvz.device, num_v_heads * value_dim
-    y = torch.empty((rows, columns), dtype=torch.int8 if rounded else qkvz.dtype, device=device)
-    scale = torch.empty((rows, columns // 32) if rounded else (0,), dtype=torch.float32, device=device)
+    y = torch.empty((rows, columns), dtype=torch.int8 if defer_norm else qkvz.dtype, device=device)
+    scale = torch.empty((rows, columns // 32) if defer_norm else (0,), dtype=torch.float32, device=device)
     squares = torch.empty((rows, num_v_heads, PARTS) if defer_norm else (0,), dtype=torch.float32, device=device)
     _delta_decode_kernel[(num_v_heads * chosen.parts, rows)](
         qkvz,
@@ -359,7 +354,6 @@ def delta_decode(
         SHARERS=chosen.parts,
         TILED=tiled,
         DEFER=defer_norm,
-        ROUND=rounded,
         HAS_ACTIVE=active is not None,
         PREFETCH=prefetch,
         L2_EPS=L2_EPS,
