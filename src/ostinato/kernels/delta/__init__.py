@@ -55,7 +55,8 @@ def delta_decode(
 
     Returns (y, squares, scale). y: [M, Hv Dv] in qkvz's dtype, rms_norm(o, gate_norm, eps) * silu(z); the others are
     empty.
-    With ``defer_norm`` (Dv a multiple of 32) several programs may share a head: y is o * gate_norm * silu(z) as int8 with scale float32 [M, Hv Dv / 32], and squares float32 [M, Hv, 4] has parts of the sum of o² of a head, as
+    With ``defer_norm`` (Dv a multiple of 32) several programs may share a head: y is o * gate_norm * silu(z) as int8
+    with scale float32 [M, Hv Dv / 32], and squares float32 [M, Hv, 4] has parts of the sum of o² of a head, as
     ``int8_linear`` takes them, which multiplies by rsqrt(squares.sum(-1) / Dv + eps).
     prefetch: a promise that no kernel has read or written the states, or written slots, positions or active, since the
     last full dependency of the stream (the start of a step); the kernel then reads them all and writes ``state`` while
