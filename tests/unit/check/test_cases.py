@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from ostinato.check import Settings, Severity, Subject
 from ostinato.check.session import check_subject
-from ostinato.check.static import scan_file
 from tests.unit.check.cases import CASES, Case
+from tests.unit.check.modes import scanned_lines
 
-_STATIC = {finding.where.line for finding in scan_file(Path(__file__).with_name("cases.py"))}
+_STATIC = scanned_lines()
 
 
 def _judge(case: Case, report) -> None:
@@ -40,14 +38,14 @@ def test_static_finds_what_the_source_tells_and_raises_no_false_alarm():
     """What cannot be seen in the source: formatting outside of f-strings, tensors behind Python's max and indexing of
     lists, state, positions, flags, optimizers. The figures are a floor, and a ceiling for false alarms."""
     errors = [c for c in CASES if c.verdict == "error"]
-    found = [c for c in errors if c.bad_lines <= _STATIC]
+    found = [c for c in errors if c.bad_lines <= _STATIC[c.path]]
     assert len(found) >= 25
     wrong = []
     for case in (c for c in CASES if c.verdict == "ok"):
         code = case.make.__code__
         inner = next(k for k in code.co_consts if hasattr(k, "co_name") and k.co_name == "fn")
         lines = {line for _, _, line in inner.co_lines() if line is not None}
-        if lines & _STATIC:
+        if lines & _STATIC[case.path]:
             wrong.append(case.name)
     assert set(wrong) <= {"lazy_upload", "empty_literal"}  # an upload that only the warm-up makes; one of no bytes
 

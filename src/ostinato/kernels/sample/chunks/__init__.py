@@ -1,0 +1,1 @@
+"""Statistics of chunks of the vocabulary: what the kernels that follow read in place of the logits."""

@@ -1,0 +1,1 @@
+"""The choice of each row, its log-probs, and the step's bookkeeping."""
