@@ -197,10 +197,10 @@ def candidates(p: Product) -> Iterator[Tiles]:
                 tokens <= max(8, top)
                 and tokens >= min(top, 16)
                 and 1 <= steps <= 8
-                and registers <= 176
+                and registers <= 255
                 and programs >= 64
                 and programs * warps >= 132 * 4
-                and (p.n < 40000 or (warps <= 4 and (rows > 16 or p.m <= 8)))
+                and (p.n < 40000 or warps <= 4)
                 and (p.n < 4096 or warps <= 8)
             ):
                 yield Tiles("wide", rows, count, tokens, warps)

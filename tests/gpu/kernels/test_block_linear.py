@@ -5,6 +5,7 @@ import torch
 
 from ostinato.kernels.block_linear import block_linear
 from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref
+from ostinato.kernels.block_linear.triton import takes_wide
 from ostinato.kernels.embed import embed
 from ostinato.kernels.registry import load
 from ostinato.kernels.tuning import Tiles
@@ -29,7 +30,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_on_the_grid_lose_nothing(kind, n, k, m):
     weight = random_weight(kind, n, k, CUDA)
-    x = grid_rows(m, k, CUDA)
+    x = grid_rows(m, k, CUDA, max(32, KINDS[kind].group))
     # float32 sums of K products: a few times 2**-24 of their size each, in random directions
     assert relative(block_linear(x, weight), block_linear_ref(x, weight)) < 2e-6
 
@@ -39,7 +40,7 @@ def test_few_rows_on_the_grid_lose_nothing(kind, n, k, m):
 def test_long_narrow_matrices_lose_nothing(kind, m):
     k = columns(kind, 576)
     weight = random_weight(kind, 20001, k, CUDA)
-    x = grid_rows(m, k, CUDA)
+    x = grid_rows(m, k, CUDA, max(32, KINDS[kind].group))
     assert relative(block_linear(x, weight), block_linear_ref(x, weight)) < 2e-6
 
 
@@ -61,8 +62,13 @@ def test_smollm_rows_with_norm_gate_and_residual(kind, m):
     assert relative(found, block_linear_ref(gated, down, residual=x)) < 2e-2
 
 
-@pytest.mark.parametrize("m", [17, 33, 64, 130, 200, 512])
-@pytest.mark.parametrize("kind", KINDS)
+OURS = [kind for kind in KINDS if takes_wide(KINDS[kind])]  # up to 64 rows of them multiply in int8
+
+
+@pytest.mark.parametrize(
+    ("kind", "m"),
+    [(kind, m) for kind in KINDS for m in (17, 33, 64, 130, 200, 512) if m > 64 or kind not in OURS],
+)
 def test_many_rows_multiply_in_bfloat16(kind, m):
     weight = random_weight(kind, 1500, 2048, CUDA)
     x = torch.randn(m, 2048, device=CUDA).bfloat16()
@@ -81,6 +87,24 @@ def test_many_rows_multiply_in_bfloat16(kind, m):
     half = block_linear(x, weight, bias=bias)
     assert half.dtype == torch.bfloat16
     assert relative(half, expected + bias) < 2**-7  # rounded to bfloat16, in a large product in two steps
+
+
+@pytest.mark.parametrize("m", [3, 12, 17, 40, 64])
+@pytest.mark.parametrize("kind", OURS)
+def test_our_kinds_multiply_in_int8(kind, m):
+    weight = random_weight(kind, 1500, 2048, CUDA)
+    x = torch.randn(m, 2048, device=CUDA).bfloat16()
+    bias, residual = torch.randn(1500, device=CUDA), torch.randn(m, 1500, device=CUDA)
+    group = KINDS[kind].group
+    # a few of a row's activations round to the other side of a tie
+    found = block_linear(x, weight, bias=bias, residual=residual)
+    assert relative(found, block_linear_int8_ref(x, weight, bias=bias, residual=residual, group=group)) < 1e-3
+    gated = block_linear(x, weight, bias=bias, gated="gelu_tanh", out_dtype=torch.float32)
+    model = block_linear_int8_ref(x, weight, bias=bias, gated="gelu_tanh", out_dtype=torch.float32, group=group)
+    assert relative(gated, model) < 2e-3
+    half = block_linear(x, weight)
+    assert half.dtype == torch.bfloat16
+    assert relative(half, block_linear_int8_ref(x, weight, group=group)) < 2**-8
 
 
 @pytest.mark.parametrize("m", [1, 16, 256])
@@ -123,10 +147,10 @@ def test_wide_products_round_with_one_scale_a_span(kind, n, k, m, tiles):
     norm = torch.rand(k, device=CUDA) + 0.5
     residual = torch.randn(m, n, device=CUDA)
     launch = load("ostinato.kernels.block_linear.triton:block_linear")
-    found = launch(x, *operands(weight), norm, 1e-5, None, residual, None, torch.float32, None, tiles)
+    found = launch(x, *operands(weight), norm, 1e-5, None, residual, None, torch.float32, tiles)
     expected = block_linear_int8_ref(x, weight, norm=norm, eps=1e-5, residual=residual, group=KINDS[kind].group)
     assert relative(found, expected) < 1e-3  # a few of a row's activations round to the other side of a tie
-    gated = launch(x, *operands(weight.slice_rows(0, 2000)), norm, 1e-5, None, None, "silu", x.dtype, None, tiles)
+    gated = launch(x, *operands(weight.slice_rows(0, 2000)), norm, 1e-5, None, None, "silu", x.dtype, tiles)
     model = block_linear_int8_ref(
         x, weight.slice_rows(0, 2000), norm=norm, eps=1e-5, gated="silu", group=KINDS[kind].group
     )

@@ -51,11 +51,13 @@ def operands(weight: BlockWeight) -> tuple[torch.Tensor | str | None, ...]:
     return w.words, w.d, w.high, w.m, w.sub_d, w.sub_m, w.kind.name
 
 
-def grid_rows(m: int, k: int, device: torch.device) -> torch.Tensor:
+def grid_rows(m: int, k: int, device: torch.device, group: int = 32) -> torch.Tensor:
     """Rows that int8 quantization keeps exactly: integers up to ±127, with a 127 in each four, times a power of two.
+
+    The power changes from one ``group`` of columns to the next: no scale may be shared by more columns than that.
 
     They take rounding of x out of a comparison: what remains is float32 rounding of sums.
     """
-    x = torch.randint(-126, 127, (m, k // 32, 32), device=device).float()
+    x = torch.randint(-126, 127, (m, k // group, group), device=device).float()
     x[:, :, 1::4] = 127
-    return (x * torch.tensor([0.5, 0.25, 2.0], device=device)[torch.arange(k // 32) % 3][None, :, None]).flatten(1)
+    return (x * torch.tensor([0.5, 0.25, 2.0], device=device)[torch.arange(k // group) % 3][None, :, None]).flatten(1)

@@ -18,6 +18,7 @@ from ostinato.kernels.rms_norm.triton import rms_norm, rms_norm_quantize, row_wa
 from ostinato.kernels.tuning import Tiles, linear_key, table
 from ostinato.quant.blocks import KINDS, BlockKind
 
+SMALL = 2**21  # elements of a weight whose products are bound by their start and not by memory
 DENSE_BYTES = 256 << 20  # the most that a product of many rows dequantizes at a time
 
 
@@ -129,8 +130,8 @@ def int8_linear(
     if tiles is None:
         found = table(gpu_name(x.device)).get(linear_key(kind, n, k, tokens, False) + " int8")
         groups = min(64, triton.next_power_of_2(k // 32))
-        tiles = Tiles("streamed", rows=8 if n > 4096 else 4, groups=groups, tokens=min(tokens, 4), warps=2)
-        tiles = found or tiles
+        rows = max(8 if n > 4096 else 4, 64 // groups)  # every thread of two warps has a row
+        tiles = found or Tiles("streamed", rows, groups, tokens=min(tokens, 4), warps=2)
     planes = pairs(words, d, high, m, sub_d, sub_m, KINDS[kind])
     after = (d, residual if residual is not None else out, out, tokens, n, k)
     flags = (False, residual is not None, None)
@@ -273,9 +274,25 @@ def choose(kind: str, n: int, k: int, m: int, gated: bool, device: torch.device)
     measured = table(gpu_name(device)).get(linear_key(kind, n, k, m, gated))
     if measured is not None:
         return measured
-    tiles = default_tiles(n * (2 if gated else 1), k, m, num_multiprocessors(device))
+    rows = n * (2 if gated else 1)
+    if 2 < m <= 64 and rows * k > SMALL and takes_wide(KINDS[kind]):
+        return wide_tiles(rows, k // KINDS[kind].group, m, gated)
+    tiles = default_tiles(rows, k, m, num_multiprocessors(device))
     # A weight of our own kinds is never written out as a dense matrix; for GGUF's that is the faster way still.
     return Tiles("packed", 0, 0, 0, 0) if tiles.path == "gemm" and kind.startswith("I4_") else tiles
+
+
+def wide_tiles(n: int, spans: int, m: int, gated: bool) -> Tiles:
+    """Tiles of the path ``wide`` by rule: warps share the columns where there are few programs.
+
+    A gated product holds two tiles of W at once, so half as much of each.
+    """
+    tokens = 8 if m <= 8 else 16
+    programs = triton.cdiv(n, 16) * triton.cdiv(m, tokens)
+    warps = max(1, min(8, 2048 // programs, spans))
+    warps = 1 << (warps.bit_length() - 1)
+    groups = max(1, min(2 if gated else 4, spans // warps))
+    return Tiles("wide", 16, 1 << (groups.bit_length() - 1), tokens, warps)
 
 
 def default_tiles(n: int, k: int, m: int, multiprocessors: int) -> Tiles:
@@ -286,7 +303,7 @@ def default_tiles(n: int, k: int, m: int, multiprocessors: int) -> Tiles:
     dense copy of W and the vendor's product.
     """
     groups = triton.next_power_of_2(k // 32)
-    small = n * k <= 2**21
+    small = n * k <= SMALL
     top = triton.next_power_of_2(m)
     if m == 1:
         if groups <= 64 and n * k <= 2**25:

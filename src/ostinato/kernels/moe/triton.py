@@ -27,7 +27,7 @@ from ostinato.quant.blocks import KINDS, BlockWeight
 
 MAX_ROWS = 64  # more are products on the tensor cores
 INTEGER = ("I4_128", "I4_128")  # kinds whose lists are products on integer tensor cores
-MIN_INTEGER = MAX_ROWS + 1  # rows from which the rule takes them: none, before all of their tests have run on a GPU
+MIN_INTEGER = 8  # rows from which the rule takes them; fewer do not fill the GPU with programs of 128 columns
 MAX_COLUMNS = 8192  # a program holds whole rows of a weight in registers
 
 
@@ -77,8 +77,10 @@ def default_tiles(m: int, hidden: int, width: int, kinds: tuple[str, str]) -> Mo
         together = 2 if width <= 2048 else 1
         return MoeTiles(2, 8, 4, max(1, min(4, hidden // 1024)), 2 * together, 4, together=together)
     if kinds == INTEGER and m >= MIN_INTEGER and width <= 2048:
-        router = MoeTiles(8, 8, 8, wide, 8, 4, router_tokens=2 if m < 32 else 4, registers=128)
-        return replace(router, integer=True, down_tiles=2)
+        tiles = MoeTiles(8, 8, 8, wide, 8, 2, integer=True, down_tiles=4, down_depth=2, down_registers=255)
+        if m <= 16:
+            return replace(tiles, router_tokens=1 if m <= 8 else 2, gate_tiles=2, registers=255)
+        return replace(tiles, router_tokens=4, registers=128)
     router_tokens = 1 if m < 16 else 2
     return MoeTiles(8, 8, 8, wide, 8, 4, router_tokens=router_tokens, tokens=16, registers=128)
 
