@@ -148,8 +148,11 @@ def _measured_int8(kind: str, n: int, k: int, m: int, device: torch.device) -> T
 def _int8_tiles(kind: str, n: int, k: int, m: int, device: torch.device) -> Tiles:
     """Tiles of ``int8_linear``: measured for it, else those with which ``block_linear`` runs the same kernel."""
     tiles = _measured_int8(kind, n, k, m, device) or choose(kind, n, k, m, False, device)
-    if tiles.path == "streamed":
-        return tiles
+    return tiles if tiles.path == "streamed" else default_int8_tiles(n, k, m)
+
+
+def default_int8_tiles(n: int, k: int, m: int) -> Tiles:
+    """Tiles of ``int8_linear`` by rule."""
     groups, warps = min(64, triton.next_power_of_2(k // 32)), 2
     rows = max(8 if n > 4096 else 4, warps * 32 // groups)  # no thread without a row
     return Tiles("streamed", rows, groups, tokens=min(4, triton.next_power_of_2(m)), warps=warps)

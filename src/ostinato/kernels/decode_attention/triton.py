@@ -303,11 +303,11 @@ def _decode_kernel(
 @triton.jit
 def _join_kernel(
     out,
-    scale_of_out,
     q,
     partial,
     stats,
     positions,
+    scale_of_out,
     HQ: tl.constexpr,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
@@ -360,9 +360,11 @@ def _join_kernel(
             total = total * old + tl.sum(l * weight, 0)
             acc = acc * old + tl.sum(part * weight[:, None], 0)
             largest = new
+        if ROUNDED:
+            total = tl.where(active > 0, total, 1.0)
         joined = acc / total * gate
         if ROUNDED:
-            groups = tl.reshape(tl.where((d < D) & (position >= 0), joined, 0.0), (COLUMNS // 32, 32))
+            groups = tl.reshape(tl.where((d < D) & (active > 0), joined, 0.0), (COLUMNS // 32, 32))
             largest = tl.max(tl.abs(groups), 1)
             # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
             whole = (groups * (127.0 / tl.maximum(largest, 1e-30))[:, None] + 12582912.0).to(tl.int32, bitcast=True)
@@ -461,7 +463,7 @@ def _launch(
         chunk = min(triton.next_power_of_2(splits), _CHUNK)
         columns = min(padded_dim, max(32, tiling.columns) if rounded else tiling.columns)
         _join_kernel[(triton.cdiv(dim, columns), num_heads, batch)](
-            out, unused if scale_of_out is None else scale_of_out, q, partial, stats, positions, HQ=num_heads,
+            out, q, partial, stats, positions, unused if scale_of_out is None else scale_of_out, HQ=num_heads,
             WIDTH=q.shape[-1], COLUMNS=columns, CHUNK=chunk, num_warps=1, **cut, **options,
         )  # fmt: skip
     return out, scale_of_out
