@@ -117,14 +117,15 @@ def main() -> None:
         first_a = attentions[0][0]
         width = first_a.num_heads * first_a.spec.head_dim
         z = torch.randn(rows, width, dtype=act, device=device)
-        z_int8, z_scale = quantize_rows(z)
+        weight = first_a.out.block_weight
+        rounded = quantize_rows(z) if rows == 1 and weight is not None and prefers_int8(weight, rows) else None
 
         def output(attention: Attention) -> torch.Tensor:
             """The product as the layer calls it: of a row that attention has rounded, or of ``z``."""
             weight = attention.out.block_weight
-            if rows == 1 and weight is not None and prefers_int8(weight, rows):
-                return int8_linear(z_int8, z_scale, weight, residual=h)
-            return attention.out(z, residual=h)
+            if rounded is None or weight is None:
+                return attention.out(z, residual=h)
+            return int8_linear(*rounded, weight, residual=h)
 
         show(
             "attention: norm + projections",
