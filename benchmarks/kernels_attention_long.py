@@ -4,6 +4,7 @@ python benchmarks/kernels_attention_long.py [--tune] [--only NAME] [--out FILE.j
 
 As in kernels_attention.py, whose clock this is, a figure is the median time of one call in a CUDA graph of calls under
 dependent launch. The calls walk over scattered pages of one large pool, so that keys and values come from memory.
+``rounded`` is the form that leaves its result in int8, as a step of one row takes it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from kernels_attention import CUDA, PAGE, Case, median_us
 
-from ostinato.kernels.decode_attention.triton import Tiling, fused_decode_attention
+from ostinato.kernels.decode_attention.triton import Tiling, fused_decode_attention, fused_decode_attention_rounded
 from ostinato.kernels.prefill_attention.triton import prefill_attention
 from ostinato.kernels.rope.ref import FP8
 from ostinato.kernels.rope.triton import rope_append
@@ -51,7 +52,9 @@ class Pool:
             for i in range(calls)
         ]
 
-    def decode(self, batch: int, context: int, calls: int, tiling: Tiling | None) -> Callable[[int], object]:
+    def decode(
+        self, batch: int, context: int, calls: int, tiling: Tiling | None, rounded: bool = False
+    ) -> Callable[[int], object]:
         tables = self.tables(batch, context + 1, calls)
         wide = torch.zeros(batch, 131072 // PAGE + 1, device=CUDA, dtype=torch.int32)  # as for a context of 128K
         rows = []
@@ -63,8 +66,10 @@ class Pool:
         slots = torch.arange(batch, device=CUDA, dtype=torch.int32)
         qkv = torch.randn(batch, WIDTH, device=CUDA, dtype=torch.bfloat16)
 
+        attend = fused_decode_attention_rounded if rounded else fused_decode_attention
+
         def call(i: int) -> object:
-            return fused_decode_attention(
+            return attend(
                 qkv, self.inv_freq, 1.0, positions, slots, rows[i % calls], self.k, self.v, self.norm, self.norm, 1e-6,
                 HEADS, KV_HEADS, DIM**-0.5, 0, 0.0, True, *self.scales, True, tiling=tiling,
             )  # fmt: skip
@@ -92,7 +97,11 @@ def cases(tune: bool) -> Iterator[Case]:
                 for tiling in tilings:
                     label = f"decode {name} batch {batch} @{context} {tiling or ''}"
                     calls = 6 if batch * context > 65536 else 30
-                    yield Case(label, pool.decode(batch, context, calls, tiling), calls, pool.kv_bytes(batch, context))
+                    num_bytes = pool.kv_bytes(batch, context)
+                    yield Case(label, pool.decode(batch, context, calls, tiling), calls, num_bytes)
+                    if batch == 1:
+                        call = pool.decode(batch, context, calls, tiling, rounded=True)
+                        yield Case(f"rounded {label}", call, calls, num_bytes)
         for tokens, first in ((4096, 0), (4096, 28672), (512, 0)):
             table = pool.tables(1, first + tokens, 1)[0]
             positions = torch.arange(first, first + tokens, device=CUDA, dtype=torch.int32)

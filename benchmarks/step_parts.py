@@ -17,7 +17,9 @@ import torch
 from ostinato.engine.loading import EngineConfig, load_engine
 from ostinato.engine.measure import read_bandwidth
 from ostinato.engine.step import decode_step
+from ostinato.kernels.block_linear import int8_linear, prefers_int8
 from ostinato.kernels.embed import embed
+from ostinato.kernels.rms_norm import quantize_rows
 from ostinato.kv.recurrent import RecurrentState
 from ostinato.layers.attention import Attention
 from ostinato.layers.batch import Batch
@@ -115,6 +117,16 @@ def main() -> None:
         first_a = attentions[0][0]
         width = first_a.num_heads * first_a.spec.head_dim
         z = torch.randn(rows, width, dtype=act, device=device)
+        weight = first_a.out.block_weight
+        rounded = quantize_rows(z) if rows == 1 and weight is not None and prefers_int8(weight, rows) else None
+
+        def output(attention: Attention) -> torch.Tensor:
+            """The product as the layer calls it: of a row that attention has rounded, or of ``z``."""
+            weight = attention.out.block_weight
+            if rounded is None or weight is None:
+                return attention.out(z, residual=h)
+            return int8_linear(*rounded, weight, residual=h)
+
         show(
             "attention: norm + projections",
             len(attentions),
@@ -125,7 +137,7 @@ def main() -> None:
             "attention: output + residual",
             len(attentions),
             first_a.out.num_bytes,
-            each(attentions, lambda a: a[0].out(z, residual=h)),
+            each(attentions, lambda a: output(a[0])),
         )
         show("attention: whole mixer", len(attentions), kv_bytes, each(attentions, lambda a: a[0](h, batch, a[1], act)))
     show("experts: all of the block", len(experts), experts[0].expected_bytes(rows), each(experts, lambda e: e(h, act)))

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ostinato.kernels.decode_attention import fused_decode_attention
+from ostinato.kernels.block_linear import int8_linear, prefers_int8
+from ostinato.kernels.decode_attention import fused_decode_attention, fused_decode_attention_rounded
 from ostinato.kernels.prefill_attention import prefill_attention
 from ostinato.kernels.rope import rope_append
 from ostinato.kv.paged import KVSpec, LayerKV
 from ostinato.layers.batch import Batch
 from ostinato.layers.linear import Linear, Norm
 from ostinato.layers.rope import Rope
+from ostinato.quant.blocks import BlockWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,24 @@ class Attention:
         k_norm = self.k_norm.weight if self.k_norm is not None else None
         eps = self.q_norm.eps if self.q_norm is not None else 0.0
         place = (self.rope.inv_freq, self.rope.factor, batch.positions, batch.slots, kv.page_table, kv.k, kv.v)
+        weight = self._int8_weight(h)
+        if batch.decode and weight is not None:
+            rounded, scale = fused_decode_attention_rounded(
+                qkv,
+                *place,
+                q_norm,
+                k_norm,
+                eps,
+                num_heads=self.num_heads,
+                num_kv_heads=self.spec.num_kv_heads,
+                scale=self.scale,
+                window=self.window,
+                k_scale=kv.k_scale,
+                v_scale=kv.v_scale,
+                gated=self.gated,
+                prefetch=True,  # as below
+            )
+            return int8_linear(rounded, scale, weight, residual=h)
         if batch.decode:
             attended = fused_decode_attention(
                 qkv,
@@ -87,6 +107,13 @@ class Attention:
                 gate=qkv[:, -self.num_heads * self.spec.head_dim :] if self.gated else None,
             )
         return self.out(attended, residual=h)
+
+    def _int8_weight(self, h: torch.Tensor) -> BlockWeight | None:
+        """The output matrix, where a decode step's attention should round its one row for it."""
+        weight = self.out.block_weight
+        if weight is None or not h.is_cuda or h.shape[0] != 1 or self.spec.head_dim % 32:
+            return None
+        return weight if prefers_int8(weight, 1) else None
 
     @property
     def num_bytes(self) -> int:

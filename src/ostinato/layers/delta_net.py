@@ -14,7 +14,6 @@ from ostinato.kernels.delta import delta_decode, delta_prefill
 from ostinato.kv.recurrent import RecurrentState
 from ostinato.layers.batch import Batch
 from ostinato.layers.linear import Linear, Norm, weight_bytes
-from ostinato.quant.blocks import BlockWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +82,7 @@ class DeltaNet:
         defer = (
             h.is_cuda
             and h.shape[0] == 1
-            and self._block_weight() is not None
+            and self.out.block_weight is not None
             and self.gate_norm.weight.shape[0] % 32 == 0
         )
         y, squares, scale = delta_decode(
@@ -103,15 +102,10 @@ class DeltaNet:
 
     def output(self, result: RuleResult, h: torch.Tensor) -> torch.Tensor:
         """The output product of what ``rule`` returned, added to h."""
-        weight = self._block_weight()
+        weight = self.out.block_weight
         if result.scale is None or weight is None:
             return self.out(result.y, residual=h)
         return int8_linear(result.y, result.scale, weight, squares=result.squares, eps=self.gate_norm.eps, residual=h)
-
-    def _block_weight(self) -> BlockWeight | None:
-        """The output matrix, if it is one of blocks."""
-        part = self.out.parts[0]
-        return part if isinstance(part, BlockWeight) and len(self.out.parts) == 1 and self.out.bias is None else None
 
     @property
     def num_bytes(self) -> int:

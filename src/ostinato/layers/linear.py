@@ -161,6 +161,12 @@ class Linear:
         return y if residual is None else residual + y
 
     @property
+    def block_weight(self) -> BlockWeight | None:
+        """The one matrix of blocks that is all of this layer, as ``int8_linear`` takes it; None where there is more."""
+        part = self.parts[0]
+        return part if isinstance(part, BlockWeight) and len(self.parts) == 1 and self.bias is None else None
+
+    @property
     def num_bytes(self) -> int:
         return sum(weight_bytes(part) for part in self.parts)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ostinato.errors import KernelError
-from ostinato.kernels.block_linear import block_linear, int8_linear
+from ostinato.kernels.block_linear import block_linear, int8_linear, prefers_int8
 from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref, int8_linear_ref
 from ostinato.kernels.registry import load
 from ostinato.kernels.tuning import Tiles
@@ -205,3 +205,35 @@ def test_int8_rows_that_do_not_fit_are_refused(device):
             int8_linear(x, scale, weight, squares=wrong)
     with pytest.raises(KernelError, match=r"residual \[2, 10\], got \(2, 9\)"):
         int8_linear(x, scale, weight, residual=torch.ones(2, 9, device=device))
+
+
+DEFAULTS = [("Q8_0", 10, 64, 3), ("Q4_0", 40, 256, 1), ("I4_128", 10, 384, 5), ("Q4_K", 20, 4096, 1)]
+
+
+@pytest.mark.parametrize(("kind", "n", "k", "m"), DEFAULTS)
+def test_int8_rows_have_tiles_that_nobody_measured(kind, n, k, m, device):
+    """Of every width, and for rows that are no power of two."""
+    weight = random_weight(kind, n, k, device)
+    x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
+    scale = torch.rand(m, k // 32, device=device) * 0.02
+    kernel = load("ostinato.kernels.block_linear.triton:int8_linear")
+    found = kernel(x, scale, *operands(weight), None, 0.0, None)
+    wide = x.float() * scale.repeat_interleave(32, dim=1)
+    assert_sums_agree(found, int8_linear_ref(x, scale, weight, None, 0.0, None), wide, weight)
+
+
+def test_makers_round_where_the_product_would_do_it_apart_or_was_measured_with_it(monkeypatch, device):
+    launcher = "ostinato.kernels.block_linear.triton"
+    prefers, choose = load(f"{launcher}:prefers_int8"), load(f"{launcher}:choose")
+    measured = {
+        "I4_128 2048x4096 m1": Tiles("resident", 8, 128, 1, 8),
+        "I4_128 2048x4096 m1 int8": Tiles("streamed", 8, 128, 1, 4),
+        "Q4_0 2048x4096 m1": Tiles("streamed", 8, 128, 1, 1),
+        "Q4_1 576x576 m1": Tiles("resident", 4, 32, 1, 4),
+    }
+    monkeypatch.setattr(f"{launcher}.table", lambda gpu: measured)
+    choose.cache_clear()
+    found = {key: prefers(key.split()[0], *map(int, key.split()[1].split("x")), 1, device) for key in measured}
+    choose.cache_clear()
+    assert [key.split()[0] for key, yes in found.items() if yes] == ["I4_128", "I4_128", "Q4_0"]
+    assert not prefers_int8(random_weight("Q4_0", 8, 4096, torch.device("cpu")), 1)

@@ -129,3 +129,11 @@ def test_small_matrices_lose_nothing_and_share_a_dtype() -> None:
         assert [t.dtype for t in placed] == [dtype] * 2
         assert all(torch.equal(t.float(), g.float()) for t, g in zip(placed, given, strict=True))
     assert EXACT.place_plain(rounded)[0].dtype == torch.float32
+
+
+def test_only_a_lone_matrix_of_blocks_is_handed_out() -> None:
+    lone = matrix("Q4_0", 16, 0)
+    assert Linear((lone,)).block_weight is lone
+    assert Linear((lone,), torch.zeros(16)).block_weight is None
+    assert Linear((lone, matrix("Q8_0", 16, 1))).block_weight is None
+    assert Linear((torch.zeros(16, K),)).block_weight is None

@@ -7,10 +7,10 @@ import torch
 from ostinato.errors import KernelError
 from ostinato.kernels.block_linear.ref import block_linear_ref, default_dtype, int8_linear_ref
 from ostinato.kernels.gated import GATES
-from ostinato.kernels.registry import register
+from ostinato.kernels.registry import load, register
 from ostinato.quant.blocks import BlockWeight
 
-__all__ = ["block_linear", "check_linear", "int8_linear"]
+__all__ = ["block_linear", "check_linear", "int8_linear", "prefers_int8"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -93,6 +93,20 @@ def int8_linear(
         return int8_linear_ref(x, scale, weight, squares, eps, residual)
     result: torch.Tensor = _int8_linear(x, scale, *weight.operands, squares, eps, residual)
     return result
+
+
+def prefers_int8(weight: BlockWeight, rows: int) -> bool:
+    """Whether a maker of x [rows, K] that can round it to int8 should, and leave the product to ``int8_linear``.
+
+    So where ``block_linear`` would round x by a kernel of its own before the same product, or where the table has tiles
+    that were measured for rounded x. Elsewhere each program of the product rounds x as it reads it, which costs little
+    for a short x; on a CPU x is not rounded at all.
+    """
+    if weight.device.type != "cuda":
+        return False
+    n, k = weight.shape
+    found: bool = load("ostinato.kernels.block_linear.triton:prefers_int8")(weight.kind.name, n, k, rows, weight.device)
+    return found
 
 
 def check_linear(

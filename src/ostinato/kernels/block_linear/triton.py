@@ -128,16 +128,35 @@ def int8_linear(
     if tokens == 0:
         return out
     if tiles is None:
-        found = table(gpu_name(x.device)).get(linear_key(kind, n, k, tokens, False) + " int8")
-        groups = min(64, triton.next_power_of_2(k // 32))
-        rows = max(8 if n > 4096 else 4, 64 // groups)  # every thread of two warps has a row
-        tiles = found or Tiles("streamed", rows, groups, tokens=min(tokens, 4), warps=2)
+        tiles = _int8_tiles(kind, n, k, tokens, x.device)
     planes = pairs(words, d, high, m, sub_d, sub_m, KINDS[kind])
     after = (d, residual if residual is not None else out, out, tokens, n, k)
     flags = (False, residual is not None, None)
     x, scale = x.view(torch.int32), scale.view(torch.int32)
     _streamed(x, scale, squares, eps, planes, after, kind_constants(KINDS[kind]), flags, tiles)
     return out
+
+
+def prefers_int8(kind: str, n: int, k: int, m: int, device: torch.device) -> bool:
+    """Arguments as for ``choose``; see ``ostinato.kernels.block_linear.prefers_int8``."""
+    return _measured_int8(kind, n, k, m, device) is not None or choose(kind, n, k, m, False, device).path == "streamed"
+
+
+def _measured_int8(kind: str, n: int, k: int, m: int, device: torch.device) -> Tiles | None:
+    return table(gpu_name(device)).get(linear_key(kind, n, k, m, False) + " int8")
+
+
+def _int8_tiles(kind: str, n: int, k: int, m: int, device: torch.device) -> Tiles:
+    """Tiles of ``int8_linear``: measured for it, else those with which ``block_linear`` runs the same kernel."""
+    tiles = _measured_int8(kind, n, k, m, device) or choose(kind, n, k, m, False, device)
+    return tiles if tiles.path == "streamed" else default_int8_tiles(n, k, m)
+
+
+def default_int8_tiles(n: int, k: int, m: int) -> Tiles:
+    """Tiles of ``int8_linear`` by rule."""
+    groups, warps = min(64, triton.next_power_of_2(k // 32)), 2
+    rows = max(8 if n > 4096 else 4, warps * 32 // groups)  # no thread without a row
+    return Tiles("streamed", rows, groups, tokens=min(4, triton.next_power_of_2(m)), warps=warps)
 
 
 def _streamed(

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 
 from ostinato.errors import KernelError
-from ostinato.kernels.decode_attention.ref import decode_attention_ref, fused_decode_attention_ref
+from ostinato.kernels.decode_attention.ref import (
+    decode_attention_ref,
+    fused_decode_attention_ref,
+    fused_decode_attention_rounded_ref,
+)
 from ostinato.kernels.registry import register
+from ostinato.kernels.rms_norm.ref import GROUP
 from ostinato.kernels.rope import check_cache, check_rope
 
-__all__ = ["decode_attention", "fused_decode_attention"]
+__all__ = ["decode_attention", "fused_decode_attention", "fused_decode_attention_rounded"]
 
 
 def decode_attention(
@@ -86,11 +91,7 @@ def fused_decode_attention(
     op = "fused_decode_attention"
     check_rope(op, qkv, inv_freq, positions, slots, q_norm, k_norm, k_cache, num_heads, num_kv_heads, gated)
     check_cache(op, qkv.device, page_table, k_cache, v_cache, k_scale, v_scale)
-    if num_heads % num_kv_heads or k_cache.shape[1] != num_kv_heads or window < 0:
-        raise KernelError(
-            f"{op}: {num_heads} query heads, {num_kv_heads} kv heads, a cache of {k_cache.shape[1]} and a window of"
-            f" {window} do not fit each other"
-        )
+    _check_heads(op, num_heads, num_kv_heads, k_cache, window)
     values = (
         qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps,
         num_heads, num_kv_heads, scale, window, softcap,
@@ -99,6 +100,60 @@ def fused_decode_attention(
         return fused_decode_attention_ref(*values, k_scale, v_scale, gated)
     result: torch.Tensor = _fused_decode_attention(*values, prefetch, k_scale, v_scale, gated)
     return result
+
+
+def fused_decode_attention_rounded(
+    qkv: torch.Tensor,
+    inv_freq: torch.Tensor,
+    rope_scale: float,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    page_table: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    prefetch: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    gated: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``fused_decode_attention`` with its float32 result rounded as ``int8_linear`` takes it; the same arguments.
+
+    Returns int8 [B, Hq * D] and its scales, float32 [B, Hq * D / 32]. A row whose position is negative is left out:
+    nothing is appended for it, and its results are zeros. Raises KernelError, also where 32 does not divide D.
+    """
+    op = "fused_decode_attention_rounded"
+    check_rope(op, qkv, inv_freq, positions, slots, q_norm, k_norm, k_cache, num_heads, num_kv_heads, gated)
+    check_cache(op, qkv.device, page_table, k_cache, v_cache, k_scale, v_scale)
+    _check_heads(op, num_heads, num_kv_heads, k_cache, window)
+    if k_cache.shape[3] % GROUP:
+        raise KernelError(f"{op} rounds groups of {GROUP} columns, which do not divide heads of {k_cache.shape[3]}")
+    values = (
+        qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps,
+        num_heads, num_kv_heads, scale, window, softcap,
+    )  # fmt: skip
+    if qkv.device.type == "cpu":
+        return fused_decode_attention_rounded_ref(*values, k_scale, v_scale, gated)
+    result: tuple[torch.Tensor, torch.Tensor] = _fused_decode_attention_rounded(
+        *values, prefetch, k_scale, v_scale, gated
+    )
+    return result
+
+
+def _check_heads(op: str, num_heads: int, num_kv_heads: int, k_cache: torch.Tensor, window: int) -> None:
+    if num_heads % num_kv_heads or k_cache.shape[1] != num_kv_heads or window < 0:
+        raise KernelError(
+            f"{op}: {num_heads} query heads, {num_kv_heads} kv heads, a cache of {k_cache.shape[1]} and a window of"
+            f" {window} do not fit each other"
+        )
 
 
 def _check_rows(
@@ -126,6 +181,15 @@ def _fused_cpu(*values: Any) -> torch.Tensor:
     return fused_decode_attention_ref(*values[:16], *values[17:])
 
 
+def _rounded_cpu(*values: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return fused_decode_attention_rounded_ref(*values[:16], *values[17:])
+
+
+def _rounded_fake(qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, width = qkv.shape[0], rest[10] * rest[5].shape[3]
+    return qkv.new_empty((rows, width), dtype=torch.int8), qkv.new_empty((rows, width // GROUP), dtype=torch.float32)
+
+
 _decode_attention = register(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor slots, Tensor positions,"
     " float scale, int window, float softcap, bool prefetch, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
@@ -133,12 +197,21 @@ _decode_attention = register(
     kernel="ostinato.kernels.decode_attention.triton:decode_attention",
     fake=lambda q, *rest: q.new_empty((q.shape[0], q.shape[1] * q.shape[2])),
 )
-_fused_decode_attention = register(
-    "fused_decode_attention(Tensor qkv, Tensor inv_freq, float rope_scale, Tensor positions, Tensor slots,"
+_FUSED_ARGUMENTS = (
+    "(Tensor qkv, Tensor inv_freq, float rope_scale, Tensor positions, Tensor slots,"
     " Tensor page_table, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? q_norm, Tensor? k_norm, float eps,"
     " int num_heads, int num_kv_heads, float scale, int window, float softcap, bool prefetch,"
-    " Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, bool gated=False) -> Tensor",
+    " Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, bool gated=False)"
+)
+_fused_decode_attention = register(
+    f"fused_decode_attention{_FUSED_ARGUMENTS} -> Tensor",
     reference=_fused_cpu,
     kernel="ostinato.kernels.decode_attention.triton:fused_decode_attention",
     fake=lambda qkv, *rest: qkv.new_empty((qkv.shape[0], rest[10] * rest[5].shape[3])),
+)
+_fused_decode_attention_rounded = register(
+    f"fused_decode_attention_rounded{_FUSED_ARGUMENTS} -> (Tensor, Tensor)",
+    reference=_rounded_cpu,
+    kernel="ostinato.kernels.decode_attention.triton:fused_decode_attention_rounded",
+    fake=_rounded_fake,
 )

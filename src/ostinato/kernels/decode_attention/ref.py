@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ostinato.kernels.rms_norm.ref import quantize_rows_ref
 from ostinato.kernels.rope.ref import rope_append_ref
 
 
@@ -116,3 +117,41 @@ def fused_decode_attention_ref(
         q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap, k_scale, v_scale
     )
     return gate_ref(out, qkv[:, -out.shape[1] :]) if gated else out
+
+
+def fused_decode_attention_rounded_ref(
+    qkv: torch.Tensor,
+    inv_freq: torch.Tensor,
+    rope_scale: float,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    page_table: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    gated: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """quantize_rows_ref of fused_decode_attention_ref with float32 between them; rows without a position are zeros."""
+    rows, width = qkv.shape[0], num_heads * k_cache.shape[3]
+    out = torch.zeros((rows, width), dtype=torch.float32, device=qkv.device)
+    there = (positions >= 0).nonzero()[:, 0]
+    if len(there):
+        qkv, positions, slots = qkv[there], positions[there], slots[there]
+        q = rope_append_ref(
+            qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps,
+            num_heads, num_kv_heads, k_scale, v_scale, gated,
+        )  # fmt: skip
+        attended = decode_attention_ref(
+            q.float(), k_cache, v_cache, page_table, slots, positions, scale, window, softcap, k_scale, v_scale
+        )
+        out[there] = gate_ref(attended, qkv[:, -width:]) if gated else attended
+    return quantize_rows_ref(out)

@@ -39,14 +39,16 @@ def choose_tiling(
 
 
 def _wide(programs: int, dim: int, max_length: int, multiprocessors: int, element_size: int) -> Tiling:
-    """For heads above 128: two tiles of 32 KiB of K and of V fill a multiprocessor, so one program runs there.
+    """For heads above 128: two programs to a multiprocessor, or a kernel beside them finds no shared memory.
 
-    FP8 leaves room for two, and needs their warps to unpack it. One program more than fit would cost a second round.
+    FP8 needs its warps to unpack it. One program more than fit would cost a second round.
     """
-    fp8 = element_size == 1
     block = max(16, min(64, (32 << 10) // (element_size << (dim - 1).bit_length())))
     tiles = -(-max_length // block)
     if tiles <= 128 and programs * tiles <= 2 * multiprocessors:
         return Tiling(block, tiles, 4, 1)
-    splits = max(1, min(tiles, (2 if fp8 else 1) * multiprocessors // programs, 128))
-    return Tiling(block, splits, 4, 2 if fp8 and splits == 128 else 3)
+    if element_size > 1:
+        block = max(16, block // 2)
+        tiles = -(-max_length // block)
+    splits = max(1, min(tiles, 2 * multiprocessors // programs, 128))
+    return Tiling(block, splits, 4, 2 if splits == 128 or element_size > 1 else 3)

@@ -1,7 +1,8 @@
 """Decode attention: each program attends one kv head's queries to every SPLITS-th tile of positions.
 
 A program that alone covers its row writes the result; else partial results go to scratch and a second kernel joins
-them. Programs beyond the row's real length leave at once, so the work follows the length that stands on the device.
+them, as it always does where the result is wanted in int8. Programs beyond the row's real length leave at once, so the
+work follows the length that stands on the device.
 """
 
 from __future__ import annotations
@@ -10,28 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
+from ostinato.kernels.decode_attention.join.triton import NO_SCORE, _join_kernel, extent, sigmoid_at
 from ostinato.kernels.decode_attention.tiling import Tiling, choose_tiling
 from ostinato.kernels.launch import launch_options, num_multiprocessors
 from ostinato.kernels.rope.triton import from_fp8, from_fp8_pairs, operand_kind, quantize_fp8, raw_cache, rotation
 from ostinato.kernels.triton import trigger, wait
 
-__all__ = ["Tiling", "choose_tiling", "decode_attention", "fused_decode_attention"]
+__all__ = ["Tiling", "choose_tiling", "decode_attention", "fused_decode_attention", "fused_decode_attention_rounded"]
 
 LOG2_E = 1.4426950408889634
-_NO_SCORE = tl.constexpr(-1e30)  # finite, so that a tile without any position leaves no NaN
 _CHUNK = 64  # partial results that the second kernel joins at a time
-
-
-@triton.jit
-def _extent(position, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, FUSED: tl.constexpr):
-    """Of one row: the first position, the end of the cached ones, the first tile, and how many programs have work."""
-    stop = position if FUSED else position + 1  # the new key and value come from registers when fused
-    start = 0
-    if WINDOW > 0:
-        start = tl.maximum(position - WINDOW + 1, 0)
-    first = start // BLOCK
-    tiles = tl.maximum(tl.cdiv(stop, BLOCK) - first, 0)
-    return start, stop, first, tiles, tl.minimum(tl.maximum(tiles, 1), SPLITS)
 
 
 @triton.jit
@@ -120,16 +109,6 @@ def _attend(
 
 
 @triton.jit
-def _sigmoid(gate, at, mask, GATED: tl.constexpr):
-    """The sigmoid of what ``gate`` holds at the places ``at``; 1 where there is no gate."""
-    if GATED:
-        z = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
-        return tl.sigmoid(tl.maximum(z, -80.0))  # below that exp(-z) overflows
-    else:
-        return 1.0
-
-
-@triton.jit
 def _decode_kernel(
     q,
     out,
@@ -167,6 +146,7 @@ def _decode_kernel(
     SOFTCAP: tl.constexpr,
     PREFETCH: tl.constexpr,
     GATED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     FP8: tl.constexpr,
     KIND: tl.constexpr,
     PDL: tl.constexpr,
@@ -180,7 +160,9 @@ def _decode_kernel(
         wait(PDL)
     position = tl.load(positions + b)
     row_pages = page_table + tl.load(slots + b) * pages_per_slot
-    start, stop, first, tiles, active = _extent(position, BLOCK, SPLITS, WINDOW, FUSED)
+    start, stop, first, tiles, active = extent(position, BLOCK, SPLITS, WINDOW, FUSED)
+    if ROUNDED:
+        active = tl.where(position >= 0, active, 0)
     if split >= active:
         return
     g = tl.arange(0, GS)[:, None]
@@ -222,7 +204,7 @@ def _decode_kernel(
     rounded = queries.to(KIND)
     operand = tl.reshape(tl.broadcast_to(rounded[None, :, :], (GP // GS, GS, DP)), (GP, DP))
 
-    largest = tl.full((GP,), _NO_SCORE, tl.float32)
+    largest = tl.full((GP,), NO_SCORE, tl.float32)
     total = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, DP // 2 if FP8 else DP), tl.float32)
     acc_odd = tl.zeros((GP, DP // 2), tl.float32) if FP8 else acc  # a second accumulator for FP8 alone
@@ -286,71 +268,14 @@ def _decode_kernel(
     mine = (r < G)[:, None] & (d < D)
     if FP8:
         acc = tl.reshape(tl.join(acc, acc_odd), (GP, DP)) * unit
-    if active == 1:
+    if not ROUNDED and active == 1:
         gate = q + (b.to(tl.int64) + 1) * ((G * (1 + GATED) + 2) * HKV * D) - G * HKV * D
-        factor = _sigmoid(gate, (head * G + r[:, None]) * D + d, mine, GATED)
+        factor = sigmoid_at(gate, (head * G + r[:, None]) * D + d, mine, GATED)
         tl.store(out + row[:, None] * D + d, acc / total[:, None] * factor, mask=mine)
     else:
         tl.store(partial + (row * SPLITS + split)[:, None] * DP + d, acc, mask=mine)
         tl.store(stats + row * (2 * SPLITS) + split, largest, mask=r < G)
         tl.store(stats + row * (2 * SPLITS) + SPLITS + split, total, mask=r < G)
-
-
-@triton.jit
-def _join_kernel(
-    out,
-    q,
-    partial,
-    stats,
-    positions,
-    HQ: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    FUSED: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    GATED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Join COLUMNS columns of the partial results of one query head; one warp, so that nothing waits at a barrier.
-
-    The gates stand in the last HQ heads of the WIDTH elements of a row of q.
-    """
-    trigger(PDL)
-    d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.program_id(2) * HQ + tl.program_id(1)
-    if not PREFETCH:
-        wait(PDL)
-    _, _, _, _, active = _extent(tl.load(positions + tl.program_id(2)), BLOCK, SPLITS, WINDOW, FUSED)
-    if PREFETCH:
-        wait(PDL)
-    if active > 1:
-        gate = _sigmoid(
-            q + (tl.program_id(2).to(tl.int64) + 1) * WIDTH - HQ * D, tl.program_id(1) * D + d, d < D, GATED
-        )
-        base = row.to(tl.int64) * SPLITS
-        largest = tl.full((), _NO_SCORE, tl.float32)
-        total = tl.zeros((), tl.float32)
-        acc = tl.zeros((COLUMNS,), tl.float32)
-        for begin in range(0, active, CHUNK):
-            s = begin + tl.arange(0, CHUNK)
-            there = s < active
-            m = tl.load(stats + 2 * base + s, mask=there, other=_NO_SCORE)
-            l = tl.load(stats + 2 * base + SPLITS + s, mask=there, other=0.0)
-            written = there[:, None] & (d < D)[None, :]  # what pads a head to a power of two, nobody wrote
-            part = tl.load(partial + (base + s)[:, None] * DP + d[None, :], mask=written, other=0.0)
-            new = tl.maximum(largest, tl.max(m, 0))
-            old = tl.exp2(largest - new)
-            weight = tl.exp2(m - new)
-            total = total * old + tl.sum(l * weight, 0)
-            acc = acc * old + tl.sum(part * weight[:, None], 0)
-            largest = new
-        tl.store(out + row.to(tl.int64) * D + d, acc / total * gate, mask=d < D)
 
 
 def _launch(
@@ -373,8 +298,10 @@ def _launch(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     gated: bool,
+    rounded: bool,
     tiling: Tiling | None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The result, and its scales where it is ``rounded``."""
     batch = q.shape[0]
     _, num_kv_heads, page_size, dim = k_cache.shape
     group = num_heads // num_kv_heads
@@ -387,7 +314,8 @@ def _launch(
     padded_dim = max(16, triton.next_power_of_2(dim))
     padded_group = triton.next_power_of_2(group)
     splits = tiling.splits
-    out = torch.empty((batch, num_heads * dim), dtype=q.dtype, device=device)
+    out = torch.empty((batch, num_heads * dim), dtype=torch.int8 if rounded else q.dtype, device=device)
+    scale_of_out = torch.empty((batch, num_heads * dim // 32), dtype=torch.float32, device=device) if rounded else None
     partial = torch.empty((batch, num_heads, splits, padded_dim), dtype=torch.float32, device=device)
     stats = torch.empty((batch, num_heads, 2, splits), dtype=torch.float32, device=device)
     fused = inv_freq is not None
@@ -395,7 +323,7 @@ def _launch(
     options = launch_options(device)
     cut = {
         "D": dim, "DP": padded_dim, "BLOCK": tiling.block, "SPLITS": splits, "WINDOW": window, "FUSED": fused,
-        "PREFETCH": prefetch, "GATED": gated,
+        "PREFETCH": prefetch, "GATED": gated, "ROUNDED": rounded,
     }  # fmt: skip
     _decode_kernel[(splits, num_kv_heads, batch)](
         q,
@@ -433,14 +361,14 @@ def _launch(
         **cut,
         **options,
     )
-    if splits > 1:
+    if rounded or splits > 1:
         chunk = min(triton.next_power_of_2(splits), _CHUNK)
-        columns = min(padded_dim, tiling.columns)
+        columns = min(padded_dim, max(32, tiling.columns) if rounded else tiling.columns)
         _join_kernel[(triton.cdiv(dim, columns), num_heads, batch)](
-            out, q, partial, stats, positions, HQ=num_heads, WIDTH=q.shape[-1], COLUMNS=columns, CHUNK=chunk,
-            num_warps=1, **cut, **options,
+            out, q, partial, stats, positions, unused if scale_of_out is None else scale_of_out, HQ=num_heads,
+            WIDTH=q.shape[-1], COLUMNS=columns, CHUNK=chunk, num_warps=1, **cut, **options,
         )  # fmt: skip
-    return out
+    return out, scale_of_out
 
 
 def decode_attention(
@@ -459,10 +387,11 @@ def decode_attention(
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
     """Launch the kernels; arguments and result as for ``ostinato.kernels.decode_attention.decode_attention``."""
-    return _launch(
+    out, _ = _launch(
         q, None, 1.0, positions, slots, page_table, k_cache, v_cache, None, None, 0.0, q.shape[1],
-        scale, window, softcap, prefetch, k_scale, v_scale, False, tiling,
+        scale, window, softcap, prefetch, k_scale, v_scale, False, False, tiling,
     )  # fmt: skip
+    return out
 
 
 def fused_decode_attention(
@@ -489,7 +418,40 @@ def fused_decode_attention(
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
     """Launch the kernels; arguments and result as for ``…decode_attention.fused_decode_attention``."""
-    return _launch(
+    out, _ = _launch(
         qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps, num_heads,
-        scale, window, softcap, prefetch, k_scale, v_scale, gated, tiling,
+        scale, window, softcap, prefetch, k_scale, v_scale, gated, False, tiling,
     )  # fmt: skip
+    return out
+
+
+def fused_decode_attention_rounded(
+    qkv: torch.Tensor,
+    inv_freq: torch.Tensor,
+    rope_scale: float,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    page_table: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    prefetch: bool,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    gated: bool = False,
+    tiling: Tiling | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernels; arguments and results as for ``…decode_attention.fused_decode_attention_rounded``."""
+    out, scale_of_out = _launch(
+        qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps, num_heads,
+        scale, window, softcap, prefetch, k_scale, v_scale, gated, True, tiling,
+    )  # fmt: skip
+    assert scale_of_out is not None
+    return out, scale_of_out

@@ -77,10 +77,13 @@ def default_tiles(m: int, hidden: int, width: int, kinds: tuple[str, str]) -> Mo
         together = 2 if width <= 2048 else 1
         return MoeTiles(2, 8, 4, max(1, min(4, hidden // 1024)), 2 * together, 4, together=together)
     if kinds == INTEGER and m >= MIN_INTEGER and width <= 2048:
-        tiles = MoeTiles(8, 8, 8, wide, 8, 2, integer=True, down_tiles=4, down_depth=2, down_registers=255)
+        tiles = MoeTiles(8, 8, 8, wide, 8, 1, integer=True, down_tiles=4, down_registers=255)
         if m <= 16:
             return replace(tiles, router_tokens=1 if m <= 8 else 2, gate_tiles=2, registers=255)
-        return replace(tiles, router_tokens=4, registers=128)
+        return replace(tiles, router_tokens=4, registers=128, down_warps=2)
+    if m <= 4:
+        rows = 8 if m <= 2 else 16
+        return MoeTiles(8, 8, rows, wide, rows, 1, tokens=16, registers=128 if m <= 2 else 0)
     router_tokens = 1 if m < 16 else 2
     return MoeTiles(8, 8, 8, wide, 8, 4, router_tokens=router_tokens, tokens=16, registers=128)
 

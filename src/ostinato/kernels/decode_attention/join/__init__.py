@@ -1,0 +1,1 @@
+"""Joining what several programs of decode attention found."""
