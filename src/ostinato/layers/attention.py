@@ -11,7 +11,7 @@ from ostinato.kernels.prefill_attention import prefill_attention
 from ostinato.kernels.rope import rope_append
 from ostinato.kv.paged import KVSpec, LayerKV
 from ostinato.layers.batch import Batch
-from ostinato.layers.linear import Linear, Norm
+from ostinato.layers.linear import Linear, Norm, RoundedRow
 from ostinato.layers.rope import Rope
 
 
@@ -36,9 +36,22 @@ class Attention:
     window: int
     gated: bool = False
 
-    def __call__(self, h: torch.Tensor, batch: Batch, kv: LayerKV, activation: torch.dtype) -> torch.Tensor:
-        """h: float32 [M, hidden] → float32 [M, hidden]; appends the keys and values of the rows to ``kv``."""
-        qkv = self.qkv(h, norm=self.norm, out_dtype=activation)
+    def __call__(
+        self,
+        h: torch.Tensor,
+        batch: Batch,
+        kv: LayerKV,
+        activation: torch.dtype,
+        row: RoundedRow | None = None,
+    ) -> torch.Tensor:
+        """h: float32 [M, hidden] → float32 [M, hidden]; appends the keys and values of the rows to ``kv``.
+
+        row: norm(h) where the layer before has rounded it.
+        """
+        if row is None:
+            qkv = self.qkv(h, norm=self.norm, out_dtype=activation)
+        else:
+            qkv = self.qkv.of_rounded(row, out_dtype=activation)
         q_norm = self.q_norm.weight if self.q_norm is not None else None
         k_norm = self.k_norm.weight if self.k_norm is not None else None
         eps = self.q_norm.eps if self.q_norm is not None else 0.0
