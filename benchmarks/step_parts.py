@@ -23,6 +23,7 @@ from ostinato.layers.attention import Attention
 from ostinato.layers.batch import Batch
 from ostinato.layers.delta_net import DeltaNet
 from ostinato.load.random import RandomCheckpoint
+from ostinato.models.qwen3_5 import handed_norm
 
 REPLAYS = 30
 
@@ -77,6 +78,10 @@ def main() -> None:
     deltas = [(m, c) for m, c in mixers if isinstance(m, DeltaNet)]
     attentions = [(m, c) for m, c in mixers if isinstance(m, Attention)]
     experts = [layer.mlp for layer in model.layers]
+    following = (*model.layers[1:], None)
+    blocks = [(mlp, handed_norm(mlp, after, batch)) for mlp, after in zip(experts, following, strict=True)]
+    row = blocks[0][0](h, act, blocks[0][1])[1]
+    norm = "norm + " if row is None else ""  # else the experts before it have done that
     kv_bytes = rows * args.context * (loaded.budget.kv_bytes_per_token // max(len(attentions), 1))
 
     def show(name: str, count: int, num_bytes: float, run: Callable[[], object]) -> None:
@@ -92,14 +97,20 @@ def main() -> None:
 
     if deltas:
         first = deltas[0][0]
-        qkvz = first.in_proj(h, norm=first.norm, out_dtype=act)
+
+        def project(net: DeltaNet) -> torch.Tensor:
+            if row is None:
+                return net.in_proj(h, norm=net.norm, out_dtype=act)
+            return net.in_proj.of_rounded(row, out_dtype=act)
+
+        qkvz = project(first)
         ruled = first.rule(qkvz, h, batch, deltas[0][1])
         state = 2 * rows * sum(t[0].numel() * t.element_size() for t in deltas[0][1].tensors())
         show(
-            "delta: norm + input projection",
+            f"delta: {norm}input projection",
             len(deltas),
             first.in_proj.num_bytes,
-            each(deltas, lambda d: d[0].in_proj(h, norm=d[0].norm, out_dtype=act)),
+            each(deltas, lambda d: project(d[0])),
         )
         show(
             "delta: conv, rule, gated norm", len(deltas), state, each(deltas, lambda d: d[0].rule(qkvz, h, batch, d[1]))
@@ -110,16 +121,22 @@ def main() -> None:
             first.out.num_bytes,
             each(deltas, lambda d: d[0].output(ruled, h)),
         )
-        show("delta: whole mixer", len(deltas), 0, each(deltas, lambda d: d[0](h, batch, d[1], act)))
+        show("delta: whole mixer", len(deltas), 0, each(deltas, lambda d: d[0](h, batch, d[1], act, row)))
     if attentions:
         first_a = attentions[0][0]
         width = first_a.num_heads * first_a.spec.head_dim
         z = torch.randn(rows, width, dtype=act, device=device)
+
+        def queries(net: Attention) -> torch.Tensor:
+            if row is None:
+                return net.qkv(h, norm=net.norm, out_dtype=act)
+            return net.qkv.of_rounded(row, out_dtype=act)
+
         show(
-            "attention: norm + projections",
+            f"attention: {norm}projections",
             len(attentions),
             first_a.qkv.num_bytes,
-            each(attentions, lambda a: a[0].qkv(h, norm=a[0].norm, out_dtype=act)),
+            each(attentions, lambda a: queries(a[0])),
         )
         show(
             "attention: output + residual",
@@ -127,8 +144,18 @@ def main() -> None:
             first_a.out.num_bytes,
             each(attentions, lambda a: a[0].out(z, residual=h)),
         )
-        show("attention: whole mixer", len(attentions), kv_bytes, each(attentions, lambda a: a[0](h, batch, a[1], act)))
-    show("experts: all of the block", len(experts), experts[0].expected_bytes(rows), each(experts, lambda e: e(h, act)))
+        show(
+            "attention: whole mixer",
+            len(attentions),
+            kv_bytes,
+            each(attentions, lambda a: a[0](h, batch, a[1], act, row)),
+        )
+    show(
+        "experts: all of the block",
+        len(blocks),
+        experts[0].expected_bytes(rows),
+        each(blocks, lambda b: b[0](h, act, b[1])),
+    )
     show(
         "norm + lm_head",
         1,
