@@ -80,7 +80,12 @@ class DeltaNet:
             )
         # One row alone does not fill a GPU: several programs share a head, so its norm is left to the next product, and
         # they round what that would have to round in each of its programs.
-        defer = h.is_cuda and h.shape[0] == 1 and self.out.takes_rounded and self.gate_norm.weight.shape[0] % 32 == 0
+        defer = (
+            h.is_cuda
+            and h.shape[0] == 1
+            and self.out.block_weight is not None
+            and self.gate_norm.weight.shape[0] % 32 == 0
+        )
         y, squares, scale = delta_decode(
             qkvz,
             h,

@@ -176,19 +176,16 @@ class Linear:
     def of_rounded(
         self, row: RoundedRow, *, residual: torch.Tensor | None = None, out_dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """The product with rows that are rounded already, where ``takes_rounded``: [M, N] of ``out_dtype``."""
-        weight = self._block_weight()
+        """The product with rows that are rounded already, where there is a ``block_weight``: [M, N] of ``out_dtype``."""
+        weight = self.block_weight
         assert weight is not None, "rows are rounded for one matrix of blocks alone"
         return int8_linear(
             row.x, row.scale, weight, squares=row.squares, eps=row.eps, residual=residual, out_dtype=out_dtype
         )
 
     @property
-    def takes_rounded(self) -> bool:
-        """Whether this is one matrix of blocks without a bias, which multiplies rows that are rounded already."""
-        return self._block_weight() is not None
-
-    def _block_weight(self) -> BlockWeight | None:
+    def block_weight(self) -> BlockWeight | None:
+        """The one matrix of blocks that is all of this layer, as ``int8_linear`` takes it; None where there is more."""
         part = self.parts[0]
         return part if isinstance(part, BlockWeight) and len(self.parts) == 1 and self.bias is None else None
 

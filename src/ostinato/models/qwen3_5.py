@@ -70,7 +70,7 @@ def handed_norm(mlp: MoE, following: Qwen35DecoderLayer | None, batch: Batch) ->
         return None
     mixer = following.mixer
     first = mixer.in_proj if isinstance(mixer, DeltaNet) else mixer.qkv
-    return mixer.norm if first.takes_rounded and mlp.hands_down(batch.tokens.shape[0]) else None
+    return mixer.norm if first.block_weight is not None and mlp.hands_down(batch.tokens.shape[0]) else None
 
 
 @dataclass(frozen=True, eq=False)

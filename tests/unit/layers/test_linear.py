@@ -138,7 +138,6 @@ def test_rows_that_are_rounded_already(group: int) -> None:
     weight = matrix("Q4_1", 48, 0)
     assert isinstance(weight, BlockWeight)
     product = Linear((weight,))
-    assert product.takes_rounded
     x, scale = quantize_rows_ref(rows(1), group)
     residual = torch.randn(1, 48)
     squares = torch.full((1, 1, 4), K / 16.0)  # a mean square of 1/4
@@ -149,8 +148,9 @@ def test_rows_that_are_rounded_already(group: int) -> None:
     assert product.of_rounded(RoundedRow(x, scale, None, 0.0), out_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_what_multiplies_rows_that_are_rounded_already() -> None:
-    blocks, other = matrix("Q4_1", 48, 0), matrix("Q8_0", 16, 1)
-    assert not Linear((blocks, other)).takes_rounded
-    assert not Linear((blocks,), torch.zeros(48)).takes_rounded
-    assert not Linear((dense(blocks),)).takes_rounded
+def test_only_a_lone_matrix_of_blocks_is_handed_out() -> None:
+    lone = matrix("Q4_0", 16, 0)
+    assert Linear((lone,)).block_weight is lone
+    assert Linear((lone,), torch.zeros(16)).block_weight is None
+    assert Linear((lone, matrix("Q8_0", 16, 1))).block_weight is None
+    assert Linear((torch.zeros(16, K),)).block_weight is None
