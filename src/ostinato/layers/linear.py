@@ -176,7 +176,7 @@ class Linear:
     def of_rounded(
         self, row: RoundedRow, *, residual: torch.Tensor | None = None, out_dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """The product with rows that are rounded already, where there is a ``block_weight``: [M, N] of ``out_dtype``."""
+        """The product with rows that are rounded already, by the ``block_weight``: [M, N] of ``out_dtype``."""
         weight = self.block_weight
         assert weight is not None, "rows are rounded for one matrix of blocks alone"
         return int8_linear(
