@@ -36,7 +36,7 @@ COPIES_BYTES = 256 << 20
 class Product:
     """One product: N (of the result), K, rows of x, and what is fused with it; heads: of x, whose norm comes late.
 
-    rounded: x is int8 already.
+    rounded: x is int8 already. handed: it is, with a scale for 16 columns, and the norm of the whole row comes late.
     """
 
     kind: str
@@ -48,10 +48,15 @@ class Product:
     gated: bool = False
     heads: int = 0
     rounded: bool = False
+    handed: bool = False
+
+    @property
+    def int8(self) -> bool:
+        return self.rounded or self.handed
 
     @property
     def key(self) -> str:
-        return linear_key(self.kind, self.n, self.k, self.m, self.gated) + (" int8" if self.rounded else "")
+        return linear_key(self.kind, self.n, self.k, self.m, self.gated) + (" int8" if self.int8 else "")
 
 
 def random_weight(name: str, n: int, k: int) -> BlockWeight:
@@ -122,16 +127,19 @@ class Bench:
         if p.heads:
             self.x = self.x.bfloat16()
         self.x8 = torch.randint(-127, 128, (p.m, p.k), dtype=torch.int8, device=CUDA)
-        self.scale = torch.rand(p.m, p.k // 32, device=CUDA)
+        self.scale = torch.rand(p.m, p.k // (16 if p.handed else 32), device=CUDA)
         self.out_dtype = self.x.dtype if p.m > 8 and not p.residual else torch.float32
+        if p.handed:
+            self.squares = torch.rand(p.m, 1, p.k // 16, device=CUDA)
+            self.out_dtype = torch.bfloat16
 
     def call(self, weight: BlockWeight, tiles: Tiles | None) -> torch.Tensor:
         w = weight
-        if self.product.rounded:
+        if self.product.int8:
             rounded = load("ostinato.kernels.block_linear.triton:int8_linear")
             result: torch.Tensor = rounded(
                 self.x8, self.scale, w.words, w.d, w.high, w.m, w.sub_d, w.sub_m, w.kind.name, self.squares, 1e-6,
-                self.residual, tiles,
+                self.residual, self.out_dtype, tiles,
             )  # fmt: skip
             return result
         launch = load("ostinato.kernels.block_linear.triton:block_linear")
@@ -156,7 +164,7 @@ def candidates(p: Product) -> Iterator[Tiles]:
     int8 = p.m <= 16 or n * p.k <= 2**21
     for tokens in chunks if int8 else []:
         for rows, warps, repeats in (
-            () if p.rounded else itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8))
+            () if p.int8 else itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8))
         ):
             slots = rows * groups * 4 / (32 * warps) * (2 if p.gated else 1)  # of a thread
             programs = n / (rows * repeats) * max(1, p.m / tokens)
@@ -257,9 +265,11 @@ def qwen35(ms: tuple[int, ...]) -> list[Product]:
         for m in ms
         for product in (
             Product("I4_128", 12288, 2048, m, norm=True),
+            *([Product("I4_128", 12288, 2048, 1, handed=True)] if m == 1 else []),
             Product("I4_128", 2048, 4096, m, residual=True),
             *([Product("I4_128", 2048, 4096, 1, residual=True, heads=32, rounded=True)] if m == 1 else []),
             Product("I4_128", 9216, 2048, m, norm=True),
+            *([Product("I4_128", 9216, 2048, 1, handed=True)] if m == 1 else []),
             Product("I6_64", 248320, 2048, m, norm=True),
         )
     ]
@@ -307,7 +317,7 @@ def tune(
             options.append(known[p.key])
     jobs = [(p, t) for p, options in choices.items() for t in options]
     began = time.monotonic()
-    seen = {(p.kind, p.k, p.m == 1, p.norm, p.residual, p.gated, t): (p, t) for p, t in jobs}
+    seen = {(p.kind, p.k, p.m == 1, p.norm, p.residual, p.gated, p.int8, t): (p, t) for p, t in jobs}
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         failures = [f for f in pool.imap_unordered(compile_one, seen.values(), chunksize=4) if f]
     print(f"{len(jobs)} candidates, {len(seen)} compiled in {time.monotonic() - began:.0f} s", flush=True)
@@ -342,6 +352,9 @@ def tune(
 
 
 def default(p: Product) -> Tiles:
+    if p.int8:
+        by_rule: Tiles = load("ostinato.kernels.block_linear.triton:default_int8_tiles")(p.n, p.k, p.m)
+        return by_rule
     rule = load("ostinato.kernels.block_linear.triton:default_tiles")
     tiles: Tiles = rule(p.n * (2 if p.gated else 1), p.k, p.m, num_multiprocessors(CUDA))
     return tiles

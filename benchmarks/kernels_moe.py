@@ -58,21 +58,24 @@ class Blocks:
         self.norm = torch.rand(HIDDEN, device=CUDA) + 0.5
         self.expert_bytes = sum(w.num_bytes for w in first) / total
 
-    def block(self, h: torch.Tensor, layer: int, tiles: MoeTiles | None) -> torch.Tensor:
+    def block(
+        self, h: torch.Tensor, layer: int, tiles: MoeTiles | None, next_norm: torch.Tensor | None = None
+    ) -> torch.Tensor:
         gate_up, down = self.stacks[layer % len(self.stacks)]
         return moe.moe_block(
             h, self.norm, 1e-6, self.routers[layer], self.gate, *_operands(gate_up), *_operands(down), self.experts,
-            TOP_K, True, True, tiles,
-        )  # fmt: skip
+            TOP_K, True, True, next_norm, tiles,
+        )[0]  # fmt: skip
 
-    def us(self, m: int, tiles: MoeTiles | None, replays: int = 7) -> float:
-        """Microseconds a block for m tokens."""
+    def us(self, m: int, tiles: MoeTiles | None, replays: int = 7, *, hands_down: bool = False) -> float:
+        """Microseconds a block for m tokens; hands_down: it also rounds its one row for the next product."""
+        next_norm = self.norm if hands_down else None
         start = torch.randn(m, HIDDEN, device=CUDA)
 
         def chain() -> torch.Tensor:
             h = start
             for layer in range(len(self.routers)):
-                h = self.block(h, layer, tiles)
+                h = self.block(h, layer, tiles, next_norm)
             return h
 
         return graph_us([chain], replays) / len(self.routers)
@@ -220,6 +223,9 @@ def report(kind: str, ms: list[int]) -> None:
         us = blocks.us(m, None)
         num_bytes = blocks.distinct(m) * blocks.expert_bytes + EXPERTS * HIDDEN * 2
         print(f"{kind} {m:5d} tokens {us:8.2f} us a block, {num_bytes / us / 1e6:5.2f} TB/s", flush=True)
+        if m == 1:
+            us = blocks.us(m, None, hands_down=True)
+            print(f"{kind} {m:5d} tokens {us:8.2f} us a block that rounds its row for the next product", flush=True)
 
 
 def main() -> None:

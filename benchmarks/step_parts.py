@@ -17,14 +17,16 @@ import torch
 from ostinato.engine.loading import EngineConfig, load_engine
 from ostinato.engine.measure import read_bandwidth
 from ostinato.engine.step import decode_step
-from ostinato.kernels.block_linear import int8_linear, prefers_int8
+from ostinato.kernels.block_linear import prefers_int8
 from ostinato.kernels.embed import embed
 from ostinato.kernels.rms_norm import quantize_rows
 from ostinato.kv.recurrent import RecurrentState
 from ostinato.layers.attention import Attention
 from ostinato.layers.batch import Batch
 from ostinato.layers.delta_net import DeltaNet
+from ostinato.layers.linear import RoundedRow
 from ostinato.load.random import RandomCheckpoint
+from ostinato.models.qwen3_5 import handed_norm
 
 REPLAYS = 30
 
@@ -79,6 +81,10 @@ def main() -> None:
     deltas = [(m, c) for m, c in mixers if isinstance(m, DeltaNet)]
     attentions = [(m, c) for m, c in mixers if isinstance(m, Attention)]
     experts = [layer.mlp for layer in model.layers]
+    following = (*model.layers[1:], None)
+    blocks = [(mlp, handed_norm(mlp, after, batch)) for mlp, after in zip(experts, following, strict=True)]
+    row = blocks[0][0](h, act, blocks[0][1])[1]
+    norm = "norm + " if row is None else ""  # else the experts before it have done that
     kv_bytes = rows * args.context * (loaded.budget.kv_bytes_per_token // max(len(attentions), 1))
 
     def show(name: str, count: int, num_bytes: float, run: Callable[[], object]) -> None:
@@ -94,14 +100,20 @@ def main() -> None:
 
     if deltas:
         first = deltas[0][0]
-        qkvz = first.in_proj(h, norm=first.norm, out_dtype=act)
+
+        def project(net: DeltaNet) -> torch.Tensor:
+            if row is None:
+                return net.in_proj(h, norm=net.norm, out_dtype=act)
+            return net.in_proj.of_rounded(row, out_dtype=act)
+
+        qkvz = project(first)
         ruled = first.rule(qkvz, h, batch, deltas[0][1])
         state = 2 * rows * sum(t[0].numel() * t.element_size() for t in deltas[0][1].tensors())
         show(
-            "delta: norm + input projection",
+            f"delta: {norm}input projection",
             len(deltas),
             first.in_proj.num_bytes,
-            each(deltas, lambda d: d[0].in_proj(h, norm=d[0].norm, out_dtype=act)),
+            each(deltas, lambda d: project(d[0])),
         )
         show(
             "delta: conv, rule, gated norm", len(deltas), state, each(deltas, lambda d: d[0].rule(qkvz, h, batch, d[1]))
@@ -112,26 +124,30 @@ def main() -> None:
             first.out.num_bytes,
             each(deltas, lambda d: d[0].output(ruled, h)),
         )
-        show("delta: whole mixer", len(deltas), 0, each(deltas, lambda d: d[0](h, batch, d[1], act)))
+        show("delta: whole mixer", len(deltas), 0, each(deltas, lambda d: d[0](h, batch, d[1], act, row)))
     if attentions:
         first_a = attentions[0][0]
         width = first_a.num_heads * first_a.spec.head_dim
         z = torch.randn(rows, width, dtype=act, device=device)
         weight = first_a.out.block_weight
-        rounded = quantize_rows(z) if rows == 1 and weight is not None and prefers_int8(weight, rows) else None
+        attended = RoundedRow(*quantize_rows(z), None, 0.0) if weight is not None and prefers_int8(weight, rows) else z
 
-        def output(attention: Attention) -> torch.Tensor:
-            """The product as the layer calls it: of a row that attention has rounded, or of ``z``."""
-            weight = attention.out.block_weight
-            if rounded is None or weight is None:
-                return attention.out(z, residual=h)
-            return int8_linear(*rounded, weight, residual=h)
+        def output(net: Attention) -> torch.Tensor:
+            """The product as the layer calls it: of rows that attention has rounded, or of plain ones."""
+            if isinstance(attended, RoundedRow):
+                return net.out.of_rounded(attended, residual=h)
+            return net.out(attended, residual=h)
+
+        def queries(net: Attention) -> torch.Tensor:
+            if row is None:
+                return net.qkv(h, norm=net.norm, out_dtype=act)
+            return net.qkv.of_rounded(row, out_dtype=act)
 
         show(
-            "attention: norm + projections",
+            f"attention: {norm}projections",
             len(attentions),
             first_a.qkv.num_bytes,
-            each(attentions, lambda a: a[0].qkv(h, norm=a[0].norm, out_dtype=act)),
+            each(attentions, lambda a: queries(a[0])),
         )
         show(
             "attention: output + residual",
@@ -139,8 +155,18 @@ def main() -> None:
             first_a.out.num_bytes,
             each(attentions, lambda a: output(a[0])),
         )
-        show("attention: whole mixer", len(attentions), kv_bytes, each(attentions, lambda a: a[0](h, batch, a[1], act)))
-    show("experts: all of the block", len(experts), experts[0].expected_bytes(rows), each(experts, lambda e: e(h, act)))
+        show(
+            "attention: whole mixer",
+            len(attentions),
+            kv_bytes,
+            each(attentions, lambda a: a[0](h, batch, a[1], act, row)),
+        )
+    show(
+        "experts: all of the block",
+        len(blocks),
+        experts[0].expected_bytes(rows),
+        each(blocks, lambda b: b[0](h, act, b[1])),
+    )
     show(
         "norm + lm_head",
         1,
@@ -150,6 +176,10 @@ def main() -> None:
     logits = model.head(h, norm=model.norm, out_dtype=torch.float32)
     show("sampler", 1, 0, lambda: runner.sampler.step(logits))
     show("the forward pass", 1, model.bytes_per_step(rows), lambda: model.forward(batch, runner.kv.layers))
+    b = runner.buffers
+    for held, value in ((b.tokens, tokens), (b.positions, positions), (b.slots, slots), (b.active, active)):
+        held[:rows].copy_(value)
+    b.remaining[:rows].fill_(2 * REPLAYS)
     recurrent = [c for c in runner.kv.layers if isinstance(c, RecurrentState)]
     print(f"{len(recurrent)} recurrent layers of {len(runner.kv.layers)}")
     show(

@@ -19,6 +19,12 @@ def interpreted() -> bool:
 
 
 @triton.jit
+def nothing():
+    """The empty tuple, to which type checkers let a tuple of any length be added."""
+    return ()
+
+
+@triton.jit
 def trigger(PDL: tl.constexpr):
     """Let the next kernel of the stream start: the first statement of every kernel."""
     if PDL:
@@ -168,6 +174,18 @@ def load_word(pointer, inside):
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
             "=&r,l,r", [pointer, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def load_float(pointer, inside):
+    """One float32 each, zeros outside, in the layout of the pointers."""
+    if INTERPRETED:
+        return tl.load(pointer, mask=inside, other=0.0)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
+            "=&f,l,r", [pointer, inside.to(tl.int32)], dtype=tl.float32, is_pure=False, pack=1,
         )  # fmt: skip
 
 

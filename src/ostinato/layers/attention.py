@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ostinato.kernels.block_linear import int8_linear, prefers_int8
+from ostinato.kernels.block_linear import prefers_int8
 from ostinato.kernels.decode_attention import fused_decode_attention, fused_decode_attention_rounded
 from ostinato.kernels.prefill_attention import prefill_attention
 from ostinato.kernels.rope import rope_append
 from ostinato.kv.paged import KVSpec, LayerKV
 from ostinato.layers.batch import Batch
-from ostinato.layers.linear import Linear, Norm
+from ostinato.layers.linear import Linear, Norm, RoundedRow
 from ostinato.layers.rope import Rope
-from ostinato.quant.blocks import BlockWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,16 +37,28 @@ class Attention:
     window: int
     gated: bool = False
 
-    def __call__(self, h: torch.Tensor, batch: Batch, kv: LayerKV, activation: torch.dtype) -> torch.Tensor:
-        """h: float32 [M, hidden] → float32 [M, hidden]; appends the keys and values of the rows to ``kv``."""
-        qkv = self.qkv(h, norm=self.norm, out_dtype=activation)
+    def __call__(
+        self,
+        h: torch.Tensor,
+        batch: Batch,
+        kv: LayerKV,
+        activation: torch.dtype,
+        row: RoundedRow | None = None,
+    ) -> torch.Tensor:
+        """h: float32 [M, hidden] → float32 [M, hidden]; appends the keys and values of the rows to ``kv``.
+
+        row: norm(h) where the layer before has rounded it.
+        """
+        if row is None:
+            qkv = self.qkv(h, norm=self.norm, out_dtype=activation)
+        else:
+            qkv = self.qkv.of_rounded(row, out_dtype=activation)
         q_norm = self.q_norm.weight if self.q_norm is not None else None
         k_norm = self.k_norm.weight if self.k_norm is not None else None
         eps = self.q_norm.eps if self.q_norm is not None else 0.0
         place = (self.rope.inv_freq, self.rope.factor, batch.positions, batch.slots, kv.page_table, kv.k, kv.v)
-        weight = self._int8_weight(h)
-        if batch.decode and weight is not None:
-            rounded, scale = fused_decode_attention_rounded(
+        if batch.decode and self._rounds(h):
+            x, scale = fused_decode_attention_rounded(
                 qkv,
                 *place,
                 q_norm,
@@ -62,7 +73,7 @@ class Attention:
                 gated=self.gated,
                 prefetch=True,  # as below
             )
-            return int8_linear(rounded, scale, weight, residual=h)
+            return self.out.of_rounded(RoundedRow(x, scale, None, 0.0), residual=h)
         if batch.decode:
             attended = fused_decode_attention(
                 qkv,
@@ -108,12 +119,11 @@ class Attention:
             )
         return self.out(attended, residual=h)
 
-    def _int8_weight(self, h: torch.Tensor) -> BlockWeight | None:
-        """The output matrix, where a decode step's attention should round its one row for it."""
+    def _rounds(self, h: torch.Tensor) -> bool:
+        """Whether a decode step's attention should round its rows for the output product."""
         weight = self.out.block_weight
-        if weight is None or not h.is_cuda or h.shape[0] != 1 or self.spec.head_dim % 32:
-            return None
-        return weight if prefers_int8(weight, 1) else None
+        fits = h.is_cuda and weight is not None and self.spec.head_dim % 32 == 0
+        return fits and weight is not None and prefers_int8(weight, h.shape[0])
 
     @property
     def num_bytes(self) -> int:

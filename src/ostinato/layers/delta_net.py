@@ -9,23 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ostinato.kernels.block_linear import int8_linear
+from ostinato.kernels.block_linear import prefers_int8
 from ostinato.kernels.delta import delta_decode, delta_prefill
 from ostinato.kv.recurrent import RecurrentState
 from ostinato.layers.batch import Batch
-from ostinato.layers.linear import Linear, Norm, weight_bytes
-
-
-@dataclass(frozen=True, eq=False)
-class RuleResult:
-    """What the delta rule leaves to the output product.
-
-    y: [M, Hv · Dv]. squares, scale: where y is int8 and its heads lack their norm, as ``int8_linear`` takes them.
-    """
-
-    y: torch.Tensor
-    squares: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
+from ostinato.layers.linear import Linear, Norm, RoundedRow, weight_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +36,28 @@ class DeltaNet:
     num_v_heads: int
     tiled: bool
 
-    def __call__(self, h: torch.Tensor, batch: Batch, state: RecurrentState, activation: torch.dtype) -> torch.Tensor:
-        """h: float32 [M, hidden] → float32 [M, hidden]; advances the states of the rows' slots."""
-        qkvz = self.in_proj(h, norm=self.norm, out_dtype=activation)
+    def __call__(
+        self,
+        h: torch.Tensor,
+        batch: Batch,
+        state: RecurrentState,
+        activation: torch.dtype,
+        row: RoundedRow | None = None,
+    ) -> torch.Tensor:
+        """h: float32 [M, hidden] → float32 [M, hidden]; advances the states of the rows' slots.
+
+        row: norm(h) where the layer before has rounded it.
+        """
+        if row is None:
+            qkvz = self.in_proj(h, norm=self.norm, out_dtype=activation)
+        else:
+            qkvz = self.in_proj.of_rounded(row, out_dtype=activation)
         return self.output(self.rule(qkvz, h, batch, state), h)
 
-    def rule(self, qkvz: torch.Tensor, h: torch.Tensor, batch: Batch, state: RecurrentState) -> RuleResult:
-        """Convolution, gates, delta rule and gated norm; advances the states."""
+    def rule(
+        self, qkvz: torch.Tensor, h: torch.Tensor, batch: Batch, state: RecurrentState
+    ) -> torch.Tensor | RoundedRow:
+        """Convolution, gates, delta rule and gated norm; advances the states. What the output product reads."""
         weights = (
             self.norm.weight,
             self.norm.eps,
@@ -67,7 +70,7 @@ class DeltaNet:
         )
         place = (state.conv, state.state, state.pending, batch.slots, batch.positions)
         if not batch.decode:
-            y = delta_prefill(
+            return delta_prefill(
                 qkvz,
                 h,
                 *weights,
@@ -76,15 +79,11 @@ class DeltaNet:
                 num_v_heads=self.num_v_heads,
                 tiled=self.tiled,
             )
-            return RuleResult(y)
-        # One row alone does not fill a GPU: several programs share a head, so its norm is left to the next product, and
-        # they round what that would have to round in each of its programs.
-        defer = (
-            h.is_cuda
-            and h.shape[0] == 1
-            and self.out.block_weight is not None
-            and self.gate_norm.weight.shape[0] % 32 == 0
-        )
+        # Few rows do not fill a GPU: several programs share a head, so its norm is left to the next product, and they
+        # round what that would have to round in each of its programs, or in a kernel before them.
+        weight, rows = self.out.block_weight, h.shape[0]
+        whole = self.gate_norm.weight.shape[0] % 32 == 0
+        defer = h.is_cuda and whole and weight is not None and (rows == 1 or prefers_int8(weight, rows))
         y, squares, scale = delta_decode(
             qkvz,
             h,
@@ -98,14 +97,13 @@ class DeltaNet:
             # The embedding starts a step with a full dependency, and states advance in this kernel alone.
             prefetch=True,
         )
-        return RuleResult(y, squares, scale) if defer else RuleResult(y)
+        return RoundedRow(y, scale, squares, self.gate_norm.eps) if defer else y
 
-    def output(self, result: RuleResult, h: torch.Tensor) -> torch.Tensor:
+    def output(self, result: torch.Tensor | RoundedRow, h: torch.Tensor) -> torch.Tensor:
         """The output product of what ``rule`` returned, added to h."""
-        weight = self.out.block_weight
-        if result.scale is None or weight is None:
-            return self.out(result.y, residual=h)
-        return int8_linear(result.y, result.scale, weight, squares=result.squares, eps=self.gate_norm.eps, residual=h)
+        if isinstance(result, RoundedRow):
+            return self.out.of_rounded(result, residual=h)
+        return self.out(result, residual=h)
 
     @property
     def num_bytes(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ostinato.kernels.block_linear import block_linear
+from ostinato.kernels.block_linear import block_linear, int8_linear
 from ostinato.kernels.dense_linear import dense_linear
 from ostinato.kernels.gated import gated_activation
 from ostinato.kernels.rms_norm import rms_norm
@@ -22,6 +22,19 @@ class Norm:
     """RMS norm. weight: float32 [K]; a zero-centred weight is stored with the one added."""
 
     weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedRow:
+    """Rows that whoever made them rounded for the product that follows, so that no kernel stands between.
+
+    x: int8 [M, K]. scale, squares: as ``int8_linear`` takes them; with squares the rows lack their norm, of ``eps``.
+    """
+
+    x: torch.Tensor
+    scale: torch.Tensor
+    squares: torch.Tensor | None
     eps: float
 
 
@@ -159,6 +172,16 @@ class Linear:
         if gated is not None:
             y = gated_activation(y, gated)
         return y if residual is None else residual + y
+
+    def of_rounded(
+        self, row: RoundedRow, *, residual: torch.Tensor | None = None, out_dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """The product with rows that are rounded already, by the ``block_weight``: [M, N] of ``out_dtype``."""
+        weight = self.block_weight
+        assert weight is not None, "rows are rounded for one matrix of blocks alone"
+        return int8_linear(
+            row.x, row.scale, weight, squares=row.squares, eps=row.eps, residual=residual, out_dtype=out_dtype
+        )
 
     @property
     def block_weight(self) -> BlockWeight | None:

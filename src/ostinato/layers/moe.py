@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ostinato.errors import UnsupportedModelError
-from ostinato.kernels.moe import moe_block
-from ostinato.layers.linear import Linear, Norm, Target, linear, weight_bytes
+from ostinato.kernels.moe import hands_down, moe_block
+from ostinato.layers.linear import Linear, Norm, RoundedRow, Target, linear, weight_bytes
 from ostinato.quant.blocks import BlockKind, BlockWeight, dequantize
 
 ExpertWeights = BlockWeight | torch.Tensor
@@ -52,9 +52,14 @@ class MoE:
     shared_gate: torch.Tensor | None
     shared: SharedExpert | None
 
-    def __call__(self, h: torch.Tensor, activation: torch.dtype) -> torch.Tensor:
-        """h: float32 [M, H] → float32 [M, H]; ``activation`` is the dtype between products."""
-        out = moe_block(
+    def __call__(
+        self, h: torch.Tensor, activation: torch.dtype, next_norm: Norm | None = None
+    ) -> tuple[torch.Tensor, RoundedRow | None]:
+        """h: float32 [M, H] → float32 [M, H]; ``activation`` is the dtype between products.
+
+        With the norm that follows, where ``hands_down``, also what ``Linear.of_rounded`` takes in place of its result.
+        """
+        out, x, scale, squares = moe_block(
             h,
             norm=self.norm.weight,
             eps=self.norm.eps,
@@ -66,8 +71,16 @@ class MoE:
             normalize=self.normalize,
             shared_gate=self.shared_gate,
             has_shared=self.shared_gate is not None,
+            next_norm=None if next_norm is None else next_norm.weight,
         )
-        return out if self.shared is None else self.shared(h, out, self.norm, activation)
+        if next_norm is not None:
+            assert self.shared is None, "the row would lack the shared expert's part"
+            return out, RoundedRow(x, scale, squares, next_norm.eps)
+        return (out if self.shared is None else self.shared(h, out, self.norm, activation)), None
+
+    def hands_down(self, rows: int) -> bool:
+        """Whether a call for so many rows takes a ``next_norm``."""
+        return self.shared is None and hands_down(rows, self.gate_up, self.down)
 
     def expected_bytes(self, num_rows: int) -> int:
         """Bytes of weights that ``num_rows`` tokens read when every expert is as likely as another."""

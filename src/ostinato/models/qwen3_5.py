@@ -21,7 +21,7 @@ from ostinato.layers.attention import Attention
 from ostinato.layers.batch import Batch
 from ostinato.layers.delta_net import DeltaNet
 from ostinato.layers.embedding import place_embedding
-from ostinato.layers.linear import Linear, Norm, Target, weight_bytes
+from ostinato.layers.linear import Linear, Norm, RoundedRow, Target, weight_bytes
 from ostinato.layers.mlp import GatedMLP
 from ostinato.layers.moe import ExpertStack, MoE, SharedExpert
 from ostinato.layers.rope import Rope, make_rope
@@ -61,6 +61,18 @@ class Qwen35DecoderLayer:
     mlp: GatedMLP | MoE
 
 
+def handed_norm(mlp: MoE, following: Qwen35DecoderLayer | None, batch: Batch) -> Norm | None:
+    """The norm of the layer ``following`` ``mlp``, if its experts are to apply it and round the row for that layer.
+
+    They do where it saves a kernel: for one row of a decode step on a GPU, before a matrix of blocks.
+    """
+    if following is None or not (batch.decode and batch.tokens.is_cuda):
+        return None
+    mixer = following.mixer
+    first = mixer.in_proj if isinstance(mixer, DeltaNet) else mixer.qkv
+    return mixer.norm if first.block_weight is not None and mlp.hands_down(batch.tokens.shape[0]) else None
+
+
 @dataclass(frozen=True, eq=False)
 class Qwen35ForCausalLM:
     """embed: [vocab, hidden] rows for tokens. head: the same matrix when embeddings are tied."""
@@ -97,14 +109,19 @@ class Qwen35ForCausalLM:
     ) -> torch.Tensor:
         """Logits, float32 [M, vocab]; with ``rows`` (int64 [R]) of those rows alone, [R, vocab]."""
         h = embed(batch.tokens, self.embed, out_dtype=torch.float32)
-        for layer, kept in zip(self.layers, kv, strict=True):
+        row: RoundedRow | None = None
+        for layer, following, kept in zip(self.layers, (*self.layers[1:], None), kv, strict=True):
             if isinstance(layer.mixer, DeltaNet):
                 assert isinstance(kept, RecurrentState)
-                h = layer.mixer(h, batch, kept, self.activation)
+                h = layer.mixer(h, batch, kept, self.activation, row)
             else:
                 assert isinstance(kept, LayerKV)
-                h = layer.mixer(h, batch, kept, self.activation)
-            h = layer.mlp(h, self.activation)
+                h = layer.mixer(h, batch, kept, self.activation, row)
+            if isinstance(layer.mlp, MoE):
+                next_norm = handed_norm(layer.mlp, following, batch)
+                h, row = layer.mlp(h, self.activation, next_norm)
+            else:
+                h, row = layer.mlp(h, self.activation), None
         if rows is not None:
             h = h.index_select(0, rows)
         return self.head(h, norm=self.norm, out_dtype=torch.float32)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ostinato.kernels.block_linear import block_linear
-from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref
+from ostinato.kernels.block_linear import block_linear, int8_linear
+from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref, int8_linear_ref
 from ostinato.kernels.block_linear.triton import takes_wide
 from ostinato.kernels.embed import embed
 from ostinato.kernels.registry import load
@@ -60,6 +60,31 @@ def test_smollm_rows_with_norm_gate_and_residual(kind, m):
     # int8 in groups of 32 is off by about 1/127/sqrt(12) of the largest: 1e-2 of a random sum, twice in a gated one
     assert relative(gated, block_linear_ref(x, gate_up, norm=norm, eps=1e-5, gated="silu")) < 2e-2
     assert relative(found, block_linear_ref(gated, down, residual=x)) < 2e-2
+
+
+INT8_SHAPES = [(kind, 1001, 2048, 1) for kind in KINDS]
+INT8_SHAPES += [("I4_128", 12288, 2048, 1), ("I4_128", 9216, 2048, 1), ("Q4_K", 333, 768, 3), ("Q6_K", 1001, 8192, 2)]
+
+
+@pytest.mark.parametrize(("kind", "n", "k", "m"), INT8_SHAPES)
+def test_rows_that_are_int8_already(kind, n, k, m):
+    """Scales for 32 and for 16 columns, with the norm of heads or of the whole row left to the product, or none."""
+    weight = random_weight(kind, n, k, CUDA)
+    x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=CUDA)
+    residual = torch.randn(m, n, device=CUDA)
+    for group, shape, added, dtype, bound in (
+        # float32: sums of K products, and a root that the GPU approximates to 2**-22
+        (32, (m, k // 128, 4), residual, torch.float32, 1e-5),
+        (16, (m, 1, k // 16), residual, torch.float32, 1e-5),
+        (16, None, None, torch.float32, 1e-5),
+        (16, (m, 1, k // 16), None, torch.bfloat16, 4e-3),
+    ):
+        scale = 10.0 ** (-2 * torch.rand(m, k // group, device=CUDA))
+        squares = torch.rand(shape, device=CUDA) * k if shape is not None else None
+        found = int8_linear(x, scale, weight, squares=squares, eps=1e-5, residual=added, out_dtype=dtype)
+        assert found.dtype == dtype
+        expected = int8_linear_ref(x, scale, weight, squares, 1e-5, added, torch.float32)
+        assert relative(found, expected) < bound
 
 
 OURS = [kind for kind in KINDS if takes_wide(KINDS[kind])]  # up to 64 rows of them multiply in int8

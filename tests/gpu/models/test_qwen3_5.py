@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
 from ostinato.engine.runner import Runner
 from ostinato.kv.paged import PagedKV
+from ostinato.layers.linear import Norm
+from ostinato.models import qwen3_5
 from ostinato.models.interface import Model
 from ostinato.quant.blocks import BlockWeight, dequantize
 from ostinato.sampling import SamplingParams
@@ -111,6 +114,28 @@ def test_the_fast_path_is_near(spec: Spec) -> None:
     runs = Runs(model, CUDA, torch.bfloat16)
     after = torch.cat([runs.prefill(IDS[:129]), *(runs.decode(IDS[i : i + 1], [i], [0]) for i in range(129, 200))])
     assert divergence(expected, after) < bound
+
+
+@pytest.mark.parametrize("spec", [*QUANTIZED[:5], *QUANTIZED[7:10]], ids=str)
+def test_one_row_is_rounded_by_the_layer_before(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers but the first take their row from the one before; without that the logits are as near as with it."""
+    expected = exact_logits(spec)
+    real, found, handed = qwen3_5.handed_norm, [], []
+
+    def spied(*arguments: Any) -> Norm | None:
+        norm = real(*arguments)
+        handed.append(norm is not None)
+        return norm
+
+    model = build(spec, CUDA, torch.bfloat16)
+    for replacement in (spied, lambda *_: None):
+        monkeypatch.setattr(qwen3_5, "handed_norm", replacement)
+        runs = Runs(model, CUDA, torch.bfloat16)
+        found.append(torch.cat([runs.decode(IDS[at : at + 1], [at], [0]) for at in range(60)]))
+    assert handed == ([True] * (len(model.kv_specs) - 1) + [False]) * 60
+    bound = 4 * noise(spec, expected)
+    assert divergence(expected[:60], found[0]) < bound
+    assert divergence(found[1], found[0]) < bound
 
 
 @pytest.mark.parametrize("batch", [2, 3, 8, 20])

@@ -182,11 +182,48 @@ def test_int8_rows_are_multiplied_as_they_are(kind, tiles, heads, device):
     squares = torch.rand(3, heads, 4, device=device) * 30 if heads and k % (32 * heads) == 0 else None
     residual = torch.randn(3, 10, device=device)
     kernel = load("ostinato.kernels.block_linear.triton:int8_linear")
-    found = kernel(x, scale, *operands(weight), squares, 1e-5, residual, tiles)
-    expected = int8_linear_ref(x, scale, weight, squares, 1e-5, residual)
+    found = kernel(x, scale, *operands(weight), squares, 1e-5, residual, torch.float32, tiles)
+    expected = int8_linear_ref(x, scale, weight, squares, 1e-5, residual, torch.float32)
     wide = (x.float() * scale.repeat_interleave(32, dim=1)) * (1 if squares is None else 30)
     assert_sums_agree(found, expected, wide, weight)
     torch.testing.assert_close(int8_linear(x, scale, weight, squares=squares, eps=1e-5, residual=residual), expected)
+
+
+@pytest.mark.parametrize("parts", [0, 1, 7])
+@pytest.mark.parametrize("tiles", INT8.values(), ids=INT8)
+@pytest.mark.parametrize("kind", ["I4_128", "I6_64", "Q4_K", "Q5_1", "Q6_K", "Q8_0"])
+def test_int8_rows_with_a_scale_for_16_columns(kind, tiles, parts, device):
+    """Scales of a group's halves that differ by up to 100 times, sums of squares in any number of parts."""
+    k = columns(kind, 384)
+    weight = random_weight(kind, 10, k, device)
+    x = torch.randint(-127, 128, (2, k), dtype=torch.int8, device=device)
+    scale = 10.0 ** (-2 * torch.rand(2, k // 16, device=device))
+    squares = torch.rand(2, 1, parts, device=device) * k if parts else None
+    residual = torch.randn(2, 10, device=device) if parts else None
+    kernel = load("ostinato.kernels.block_linear.triton:int8_linear")
+    found = kernel(x, scale, *operands(weight), squares, 1e-5, residual, torch.float32, tiles)
+    expected = int8_linear_ref(x, scale, weight, squares, 1e-5, residual, torch.float32)
+    root = torch.ones(2, 1) if squares is None else torch.rsqrt(squares.sum(2) / k + 1e-5).cpu()
+    wide = x.float() * scale.repeat_interleave(16, dim=1) * root.to(device)
+    assert_sums_agree(found, expected, wide, weight)
+    rounded = kernel(x, scale, *operands(weight), squares, 1e-5, None, torch.bfloat16, tiles)
+    without = expected if residual is None else expected - residual
+    assert rounded.dtype == torch.bfloat16
+    # The interpreter cuts a float32 off where a GPU rounds it to bfloat16.
+    torch.testing.assert_close(rounded.float(), without, rtol=2.0**-7, atol=1e-4 * float(without.abs().max()))
+    public = int8_linear(x, scale, weight, squares=squares, eps=1e-5, out_dtype=torch.bfloat16)
+    torch.testing.assert_close(public.float(), without, rtol=2.0**-8, atol=1e-4 * float(without.abs().max()))
+
+
+def test_rows_that_are_int8_already_have_tiles_for_every_shape():
+    rule = load("ostinato.kernels.block_linear.triton:default_int8_tiles")
+    for n in (12288, 9216):
+        assert rule(n, 2048, 1) == Tiles("streamed", rows=8, groups=64, tokens=1, warps=1)
+    side_by_side = load("ostinato.kernels.block_linear.triton:rows_side_by_side")
+    for n in (1, 4097, 8192):
+        for k in (32, 64, 512, 2048, 8192):
+            for m in (1, 3, 9):
+                assert side_by_side(rule(n, k, m)) >= 1
 
 
 def test_int8_rows_that_do_not_fit_are_refused(device):
@@ -194,7 +231,7 @@ def test_int8_rows_that_do_not_fit_are_refused(device):
     x, scale = torch.ones(2, 64, dtype=torch.int8, device=device), torch.ones(2, 2, device=device)
     with pytest.raises(KernelError, match=r"x int8 \[M, 64\], got \(2, 64\) torch.float32"):
         int8_linear(x.float(), scale, weight)
-    with pytest.raises(KernelError, match=r"scales float32 \[2, 2\], got \(2, 3\)"):
+    with pytest.raises(KernelError, match=r"scales float32 \[2, 2\] or \[2, 4\], got \(2, 3\)"):
         int8_linear(x, torch.ones(2, 3, device=device), weight)
     for wrong in (
         torch.ones(2, 0, 4, device=device),
@@ -203,6 +240,11 @@ def test_int8_rows_that_do_not_fit_are_refused(device):
     ):
         with pytest.raises(KernelError, match=r"squares \[2, heads, 4\]"):
             int8_linear(x, scale, weight, squares=wrong)
+    for wrong in (torch.ones(2, 2, 4, device=device), torch.ones(2, 1, 0, device=device)):
+        with pytest.raises(KernelError, match=r"squares \[2, 1, parts\] with a scale for 16 columns"):
+            int8_linear(x, torch.ones(2, 4, device=device), weight, squares=wrong)
+    with pytest.raises(KernelError, match=r"out_dtype of floats, got torch.int32"):
+        int8_linear(x, scale, weight, out_dtype=torch.int32)
     with pytest.raises(KernelError, match=r"residual \[2, 10\], got \(2, 9\)"):
         int8_linear(x, scale, weight, residual=torch.ones(2, 9, device=device))
 

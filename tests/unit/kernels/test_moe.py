@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from ostinato.errors import KernelError
-from ostinato.kernels.moe import moe_block
+from ostinato.kernels.moe import hands_down, moe_block
 from ostinato.kernels.moe.ref import moe_block_dense, moe_block_ref
+from ostinato.kernels.rms_norm.ref import rms_norm_ref
 from ostinato.quant.blocks import dequantize
 
 from .moe_cases import MoeCase, random_case
@@ -57,7 +58,7 @@ CASES = {
 def test_the_public_op_on_the_cpu_is_what_the_formula_says(options, m):
     case = random_case(m, torch.device("cpu"), **options)
     before = case.h.clone()
-    torch.testing.assert_close(moe_block(case.h, **case.arguments()), one_by_one(case), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moe_block(case.h, **case.arguments())[0], one_by_one(case), rtol=1e-5, atol=1e-5)
     assert torch.equal(case.h, before)
 
 
@@ -84,8 +85,45 @@ def test_rounding_to_int8_costs_little():
 def test_one_node_for_tracing():
     case = random_case(3, torch.device("cpu"))
     meta = case.to("meta")
-    found = moe_block(meta.h, **meta.arguments())
+    found, *handed = moe_block(meta.h, **meta.arguments())
     assert (found.shape, found.dtype, found.device.type) == (case.h.shape, torch.float32, "meta")
+    assert [t.shape for t in handed] == [(0,), (0,), (0,)]
+
+
+def test_the_row_for_the_next_product():
+    """Int8 times scale times the root is the norm, and tracing sees its shapes."""
+    case = random_case(1, torch.device("cpu"), hidden=96)
+    next_norm = torch.randn(96)
+    plain, *nothing = moe_block(case.h, **case.arguments())
+    assert [t.numel() for t in nothing] == [0, 0, 0]
+    out, x, scale, squares = moe_block(case.h, **case.arguments(), next_norm=next_norm)
+    assert torch.equal(out, plain)
+    root = torch.rsqrt(squares.sum(-1) / 96 + case.eps)
+    found = x.float() * scale.repeat_interleave(16, dim=1) * root
+    step = scale.repeat_interleave(16, dim=1) * root
+    assert bool(((found - rms_norm_ref(out, next_norm, case.eps, torch.float32)).abs() <= 0.501 * step).all())
+    meta = case.to("meta")
+    traced = moe_block(meta.h, **meta.arguments(), next_norm=next_norm.to("meta"))
+    assert [(t.shape, t.dtype) for t in traced] == [(t.shape, t.dtype) for t in (out, x, scale, squares)]
+
+
+def test_where_the_row_is_rounded_for_the_next_product():
+    cpu = torch.device("cpu")
+    case = random_case(1, cpu)
+    assert hands_down(1, case.gate_up, case.down)
+    assert not hands_down(2, case.gate_up, case.down)
+    dense = random_case(1, cpu, gate_up_kind=None, down_kind=None)
+    assert not hands_down(1, dense.gate_up, dense.down)
+    wide = random_case(1, cpu, width=1056, num_experts=2, top_k=1)
+    assert not hands_down(1, wide.gate_up, wide.down)
+    for bad in (replace(case, h=case.h.repeat(2, 1)), dense, wide):
+        with pytest.raises(KernelError, match="next_norm for one row, block weights"):
+            moe_block(bad.h, **bad.arguments(), next_norm=case.norm)
+    for wrong in (case.norm[:-1].clone(), case.norm.bfloat16()):
+        with pytest.raises(KernelError, match=r"float32 next_norm \[64\]"):
+            moe_block(case.h, **case.arguments(), next_norm=wrong)
+    with pytest.raises(KernelError, match="next_norm on meta"):
+        moe_block(case.h, **case.arguments(), next_norm=case.norm.to("meta"))
 
 
 def test_misfits_are_refused_in_one_line():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from ostinato.errors import KernelError
 from ostinato.kernels.moe import _operands
-from ostinato.kernels.moe.ref import moe_block_ref
+from ostinato.kernels.moe.ref import hand_down_ref, moe_block_ref
 from ostinato.kernels.registry import load
 from ostinato.quant.blocks import KINDS
 
@@ -17,12 +18,18 @@ def tiles(**fields):
                     "down_warps": 1, "router_tokens": 2, "tokens": 2, **fields})  # fmt: skip
 
 
-def launch(case: MoeCase, chosen=None) -> torch.Tensor:
+def launch_all(case: MoeCase, chosen=None, next_norm: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
     kernel = load("ostinato.kernels.moe.triton:moe_block")
     return kernel(
         case.h, case.norm, case.eps, case.router, case.shared_gate, *_operands(case.gate_up), *_operands(case.down),
-        case.num_experts, case.top_k, case.normalize, case.has_shared, chosen,
+        case.num_experts, case.top_k, case.normalize, case.has_shared, next_norm, chosen,
     )  # fmt: skip
+
+
+def launch(case: MoeCase, chosen=None) -> torch.Tensor:
+    out, *handed = launch_all(case, chosen)
+    assert [t.numel() for t in handed] == [0, 0, 0]
+    return out
 
 
 def assert_close(found: torch.Tensor, case: MoeCase, gate_rows: int = 16) -> None:
@@ -116,7 +123,7 @@ def test_tensor_cores_take_lists_of_one_kind():
     assert [rule(m, 2048, 512, ours).integer for m in (1, 4, 8, 64)] == [False, False, True, True]
     assert not rule(8, 2048, 512, ("I4_128", "Q4_K")).integer
     assert rule(8, 2048, 512, ours).int8_groups() == (128, 128)
-    assert rule(4, 2048, 512, ours).int8_groups() == (16, 8)
+    assert rule(4, 2048, 512, ours).int8_groups() == (16, 16)
 
 
 def test_equal_logits_go_to_the_lower_expert(device):
@@ -128,6 +135,77 @@ def test_equal_logits_go_to_the_lower_expert(device):
     case.router[0] = 1e-3  # the reference is told whom to take
     expected = moe_block_ref(case.h, **case.arguments(), int8_groups=(16, 16)) - case.h
     assert (change - expected).norm() < 2e-2 * expected.norm()
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody wrote is seen: room is made full of NaN, or of -77."""
+
+    empty = torch.empty
+
+    def full_of_poison(*arguments, **options):
+        made = empty(*arguments, **options)
+        return made.fill_(torch.nan if made.is_floating_point() else -77)
+
+    monkeypatch.setattr(torch, "empty", full_of_poison)
+    monkeypatch.setattr(
+        torch, "empty_like", lambda like: full_of_poison(like.shape, dtype=like.dtype, device=like.device)
+    )
+
+
+def assert_handed(found: tuple[torch.Tensor, ...], next_norm: torch.Tensor) -> None:
+    """What was handed on is the model's of the kernel's own result."""
+    out, x, scale, squares = found
+    expected_x, expected_scale, expected_squares = hand_down_ref(out, next_norm)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(squares, expected_squares, rtol=1e-5, atol=0)  # sums of 16
+    off = (x.int() - expected_x.int()).abs()
+    # The quotient 127 / largest is off by a few 2**-24, so only what lies that close to a tie goes another way.
+    steps = out * next_norm / expected_scale.repeat_interleave(16, dim=1)
+    assert int(off.max()) <= 1
+    assert bool((off[0][((steps - steps.floor()) - 0.5).abs()[0] > 1e-4] == 0).all())
+
+
+HANDED = {
+    "several scales a program, rows beyond the last": ({}, {}),
+    "a scale a program": ({"down_rows": 4}, {"width": 256, "hidden": 64, "top_k": 1}),
+    "a scale over two warps": ({"down_rows": 2, "down_warps": 2}, {"width": 256, "hidden": 32, "top_k": 1}),
+    "picks side by side": ({"down_rows": 8, "together": 2}, {"width": 256, "hidden": 32}),
+    "loads after the wait, no shared": ({"early": False}, {"has_shared": False}),
+    "kinds differ, odd sizes": ({}, {"gate_up_kind": "Q8_0", "down_kind": "I4_32", "hidden": 160}),
+    "super-groups": ({"down_rows": 4}, {"down_kind": "Q4_K", "width": 256, "hidden": 32, "top_k": 1}),
+}
+
+
+@pytest.mark.parametrize(("fields", "sizes"), HANDED.values(), ids=HANDED)
+def test_the_row_is_rounded_for_the_next_product(fields, sizes, device, poisoned):
+    case = random_case(1, device, **{"hidden": 96, "num_experts": 3, "top_k": 2, **sizes})
+    next_norm = torch.randn(case.h.shape[1], device=device)
+    found = launch_all(case, tiles(**fields), next_norm)
+    assert_close(found[0], case)
+    assert_handed(found, next_norm)
+
+
+def test_columns_of_zeros_are_handed_on_as_zeros(device):
+    case = random_case(1, device, hidden=96)
+    next_norm = torch.rand(96, device=device)
+    next_norm[16:32] = 0.0
+    _, x, scale, squares = launch_all(case, tiles(), next_norm)
+    assert float(scale[0, 1]) == 0.0
+    assert int(x[0, 16:32].abs().max()) == 0
+    assert float(squares[0, 0, 1]) > 0.0
+
+
+def test_the_rule_gives_each_program_whole_scales(device):
+    rule = load("ostinato.kernels.moe.triton:default_tiles")
+    for width in range(32, 1025, 32):
+        t = rule(1, 2048, width, ("Q8_0", "Q8_0"), True)
+        threads = t.down_warps * 32 // (1 << (width // 32 - 1).bit_length())
+        assert t.down_rows * (threads // t.together) % 16 == 0, width
+    assert rule(1, 2048, 512, ("Q8_0", "Q8_0"), True) == rule(1, 2048, 512, ("Q8_0", "Q8_0"))
+    case = random_case(1, device)
+    with pytest.raises(KernelError, match="8 rows a program of down are no multiple of 16"):
+        launch_all(case, tiles(down_rows=1, together=4), case.norm)
 
 
 def test_lists_of_picks(device):

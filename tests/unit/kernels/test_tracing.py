@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ostinato.kernels.block_linear import block_linear
+from ostinato.kernels.block_linear import block_linear, int8_linear
 from ostinato.kernels.dense_linear import dense_linear
 from ostinato.kernels.embed import embed
 from ostinato.kernels.gated import gated_activation
@@ -26,6 +26,13 @@ CALLS = {
     "gated product": lambda d: block_linear(torch.ones(3, 64, device=d), weight("Q5_1", 10, 64, d), gated="silu"),
     "product with residual": lambda d: block_linear(
         torch.ones(3, 64, device=d).bfloat16(), weight("Q4_0", 10, 64, d), residual=torch.ones(3, 10, device=d)
+    ),
+    "product of int8 rows": lambda d: int8_linear(
+        torch.ones(3, 64, dtype=torch.int8, device=d),
+        torch.ones(3, 4, device=d),
+        weight("Q4_0", 10, 64, d),
+        squares=torch.ones(3, 1, 4, device=d),
+        out_dtype=torch.bfloat16,
     ),
     "dense product": lambda d: dense_linear(torch.ones(2, 8, device=d), torch.ones(6, 8, device=d).half()),
     "embedding": lambda d: embed(torch.tensor([1, 2], device=d), weight("Q6_K", 4, 256, d)),

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from ostinato.layers.linear import Linear, Norm, Target, linear
+from ostinato.kernels.rms_norm.ref import quantize_rows_ref
+from ostinato.layers.linear import Linear, Norm, RoundedRow, Target, linear
 from ostinato.quant.blocks import BlockWeight, dequantize
 from ostinato.quant.gguf import GGUF_TYPES, pack
 from ostinato.quant.gguf_encode import encode
@@ -129,6 +130,22 @@ def test_small_matrices_lose_nothing_and_share_a_dtype() -> None:
         assert [t.dtype for t in placed] == [dtype] * 2
         assert all(torch.equal(t.float(), g.float()) for t, g in zip(placed, given, strict=True))
     assert EXACT.place_plain(rounded)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_rows_that_are_rounded_already(group: int) -> None:
+    """Beside the product with the same values in float32: K roundings of 2^-24 on both sides."""
+    weight = matrix("Q4_1", 48, 0)
+    assert isinstance(weight, BlockWeight)
+    product = Linear((weight,))
+    x, scale = quantize_rows_ref(rows(1), group)
+    residual = torch.randn(1, 48)
+    squares = torch.full((1, 1, 4), K / 16.0)  # a mean square of 1/4
+    found = product.of_rounded(RoundedRow(x, scale, squares, 0.0), residual=residual)
+    wide = 2 * x.float() * scale.repeat_interleave(group, dim=1)
+    expected = linear(wide, dequantize(weight), residual=residual)
+    torch.testing.assert_close(found, expected, rtol=0, atol=4 * K * 2.0**-24 * float(expected.abs().max()))
+    assert product.of_rounded(RoundedRow(x, scale, None, 0.0), out_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_only_a_lone_matrix_of_blocks_is_handed_out() -> None:

@@ -55,21 +55,25 @@ def int8_linear(
     squares: torch.Tensor | None = None,
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """residual + x̂ Wᵀ for x that its maker has rounded to int8 already: float32 [M, N].
+    """residual + x̂ Wᵀ for x that its maker has rounded to int8 already: [M, N] of ``out_dtype``.
 
-    x: int8 [M, K]; x̂ is x times its scales, float32 [M, K/32]. residual: float32 [M, N].
-    squares: float32 [M, heads, 4] where x lacks the norm of its heads: a sum of squares for each, in four parts; x̂ is
-    then divided by sqrt(that sum / (K / heads) + eps) (``delta_decode`` leaves this division to its consumer).
+    x: int8 [M, K]; x̂ is x times its scales, float32 [M, K/32] or [M, K/16]. residual: float32 [M, N].
+    squares: float32 [M, heads, parts] where x lacks the norm of its heads: a sum of squares for each, in parts; x̂ is
+    then divided by sqrt(that sum / (K / heads) + eps), which its maker leaves to its consumer. ``delta_decode`` does
+    with four parts and a scale for 32 columns, ``moe_block`` with one head, any number of parts, a scale for 16.
     Raises KernelError.
     """
     n, k = weight.shape
     rows = x.shape[0] if x.dim() == 2 else 0
     if x.shape != (rows, k) or x.dtype != torch.int8 or not x.is_contiguous():
         raise KernelError(f"int8_linear takes contiguous x int8 [M, {k}], got {tuple(x.shape)} {x.dtype}")
-    if scale.shape != (rows, k // 32) or scale.dtype != torch.float32 or not scale.is_contiguous():
+    fits = scale.shape in ((rows, k // 32), (rows, k // 16))
+    if not fits or scale.dtype != torch.float32 or not scale.is_contiguous():
         raise KernelError(
-            f"int8_linear takes contiguous scales float32 [{rows}, {k // 32}], got {tuple(scale.shape)} {scale.dtype}"
+            f"int8_linear takes contiguous scales float32 [{rows}, {k // 32}] or [{rows}, {k // 16}], got"
+            f" {tuple(scale.shape)} {scale.dtype}"
         )
     if residual is not None and (
         residual.shape != (rows, n) or residual.dtype != torch.float32 or not residual.is_contiguous()
@@ -79,19 +83,25 @@ def int8_linear(
             f" {tuple(residual.shape)} {residual.dtype}"
         )
     if squares is not None:
-        heads = squares.shape[1] if squares.dim() == 3 else 0
-        fits = heads > 0 and squares.shape == (rows, heads, 4) and k % (32 * heads) == 0
+        if scale.shape[1] == k // 16:
+            wanted = f"[{rows}, 1, parts] with a scale for 16 columns"
+            fits = squares.dim() == 3 and squares.shape[:2] == (rows, 1) and squares.shape[2] > 0
+        else:
+            wanted = f"[{rows}, heads, 4], heads of a multiple of 32 columns of {k}, with a scale for 32"
+            heads = squares.shape[1] if squares.dim() == 3 else 0
+            fits = heads > 0 and squares.shape == (rows, heads, 4) and k % (32 * heads) == 0
         if not fits or squares.dtype != torch.float32 or not squares.is_contiguous():
             raise KernelError(
-                f"int8_linear takes contiguous float32 squares [{rows}, heads, 4], heads of a multiple of 32 columns of"
-                f" {k}, got {tuple(squares.shape)} {squares.dtype}"
+                f"int8_linear takes contiguous float32 squares {wanted}, got {tuple(squares.shape)} {squares.dtype}"
             )
+    if out_dtype not in FLOATS:
+        raise KernelError(f"int8_linear takes an out_dtype of floats, got {out_dtype}")
     for name, tensor in (("scale", scale), ("weight", weight), ("squares", squares), ("residual", residual)):
         if tensor is not None and tensor.device != x.device:
             raise KernelError(f"int8_linear: x is on {x.device} and {name} on {tensor.device}: move them to one device")
     if x.device.type == "cpu":
-        return int8_linear_ref(x, scale, weight, squares, eps, residual)
-    result: torch.Tensor = _int8_linear(x, scale, *weight.operands, squares, eps, residual)
+        return int8_linear_ref(x, scale, weight, squares, eps, residual, out_dtype)
+    result: torch.Tensor = _int8_linear(x, scale, *weight.operands, squares, eps, residual, out_dtype)
     return result
 
 
@@ -218,15 +228,16 @@ def _int8_linear_cpu(
     squares: torch.Tensor | None,
     eps: float,
     residual: torch.Tensor | None,
+    out_dtype: torch.dtype,
 ) -> torch.Tensor:
     weight = BlockWeight.of(x.shape[1], words, d, high, m, sub_d, sub_m, kind)
-    return int8_linear_ref(x, scale, weight, squares, eps, residual)
+    return int8_linear_ref(x, scale, weight, squares, eps, residual, out_dtype)
 
 
 _int8_linear = register(
     "int8_linear(Tensor x, Tensor scale, Tensor words, Tensor d, Tensor? high, Tensor? m, Tensor? sub_d, Tensor? sub_m,"
-    " str kind, Tensor? squares, float eps, Tensor? residual) -> Tensor",
+    " str kind, Tensor? squares, float eps, Tensor? residual, ScalarType out_dtype) -> Tensor",
     reference=_int8_linear_cpu,
     kernel="ostinato.kernels.block_linear.triton:int8_linear",
-    fake=lambda x, scale, words, *rest: x.new_empty((x.shape[0], words.shape[0]), dtype=torch.float32),
+    fake=lambda x, scale, words, *rest: x.new_empty((x.shape[0], words.shape[0]), dtype=rest[-1]),
 )

@@ -56,6 +56,7 @@ def int8_linear_ref(
     squares: torch.Tensor | None,
     eps: float,
     residual: torch.Tensor | None,
+    out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """What ``int8_linear`` means."""
     wide = x.float() * scale.repeat_interleave(x.shape[1] // scale.shape[1], dim=1)
@@ -63,7 +64,7 @@ def int8_linear_ref(
         heads = squares.shape[1]
         norm = torch.rsqrt(squares.sum(dim=2) / (x.shape[1] // heads) + eps)
         wide = (wide.view(x.shape[0], heads, -1) * norm[:, :, None]).view(x.shape)
-    return block_linear_ref(wide, weight, residual=residual, out_dtype=torch.float32)
+    return block_linear_ref(wide, weight, residual=residual, out_dtype=out_dtype)
 
 
 def default_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:

@@ -11,6 +11,7 @@ from ostinato.kernels.block_linear.batch.triton import _mma_kernel
 from ostinato.kernels.block_linear.matmul.triton import _dequantize_kernel, _finish_kernel, _tile_kernel
 from ostinato.kernels.block_linear.matvec.triton import _resident_kernel, _streamed_kernel
 from ostinato.kernels.block_linear.planes import kind_constants, pairs
+from ostinato.kernels.block_linear.rounded.triton import _rounded_kernel
 from ostinato.kernels.block_linear.wide.triton import _round_kernel, _wide_kernel
 from ostinato.kernels.grouped_linear.triton import packed_matmul
 from ostinato.kernels.launch import gpu_name, launch_options, num_multiprocessors
@@ -120,20 +121,32 @@ def int8_linear(
     squares: torch.Tensor | None,
     eps: float,
     residual: torch.Tensor | None,
+    out_dtype: torch.dtype,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """Launch ``_streamed_kernel`` for x int8 [M, K]; arguments as the op's, and ``tiles`` in place of the table's."""
+    """Launch the kernel for x int8 [M, K]; arguments as the op's, and ``tiles`` in place of the table's."""
     (tokens, k), n = x.shape, words.shape[0]
-    out = torch.empty((tokens, n), dtype=torch.float32, device=x.device)
+    out = torch.empty((tokens, n), dtype=out_dtype, device=x.device)
     if tokens == 0:
         return out
     if tiles is None:
         tiles = _int8_tiles(kind, n, k, tokens, x.device)
     planes = pairs(words, d, high, m, sub_d, sub_m, KINDS[kind])
-    after = (d, residual if residual is not None else out, out, tokens, n, k)
-    flags = (False, residual is not None, None)
-    x, scale = x.view(torch.int32), scale.view(torch.int32)
-    _streamed(x, scale, squares, eps, planes, after, kind_constants(KINDS[kind]), flags, tiles)
+    constants = kind_constants(KINDS[kind])
+    words_of_x = x.view(torch.int32)
+    if scale.shape[1] == k // 32:
+        after = (d, residual if residual is not None else out, out, tokens, n, k)
+        flags = (False, residual is not None, None)
+        _streamed(words_of_x, scale.view(torch.int32), squares, eps, planes, after, constants, flags, tiles)
+        return out
+    parts = squares.shape[2] if squares is not None else 0
+    width = rows_side_by_side(tiles)
+    _rounded_kernel[(triton.cdiv(n, tiles.rows), tokens)](
+        words_of_x, scale, squares if squares is not None else scale, eps, *planes,
+        residual if residual is not None else out, out, n, k, *constants, tiles.rows // width, width, tiles.groups,
+        parts, triton.next_power_of_2(max(1, parts)), residual is not None,
+        num_warps=tiles.warps, **launch_options(x.device),
+    )  # fmt: skip
     return out
 
 
@@ -153,9 +166,10 @@ def _int8_tiles(kind: str, n: int, k: int, m: int, device: torch.device) -> Tile
 
 
 def default_int8_tiles(n: int, k: int, m: int) -> Tiles:
-    """Tiles of ``int8_linear`` by rule."""
-    groups, warps = min(64, triton.next_power_of_2(k // 32)), 2
-    rows = max(8 if n > 4096 else 4, warps * 32 // groups)  # no thread without a row
+    """Tiles of ``int8_linear`` by rule: one warp a program where those are many, as was fastest for one row."""
+    groups = min(64, triton.next_power_of_2(k // 32))
+    rows, warps = (8, 1) if m == 1 and n >= 8192 else (8 if n > 4096 else 4, 2)
+    rows = max(rows, warps * 32 // groups)  # no thread without a row
     return Tiles("streamed", rows, groups, tokens=min(4, triton.next_power_of_2(m)), warps=warps)
 
 
@@ -172,14 +186,20 @@ def _streamed(
 ) -> None:
     """Launch ``_streamed_kernel`` for x of int8 words with their scales' bits; ``after`` and ``flags`` are its own."""
     tokens, n = after[3], after[4]
-    width = max(1, tiles.warps * 32 // tiles.groups)  # rows of W side by side over the threads
-    assert tiles.rows % width == 0, f"{tiles} leaves threads without a row"
+    width = rows_side_by_side(tiles)
     grid = (triton.cdiv(n, tiles.rows), triton.cdiv(tokens, tiles.tokens))
     _streamed_kernel[grid](
         x, scale, squares if squares is not None else planes[2], eps, *planes, *after, *constants,
         tiles.rows // width, width, tiles.groups, tiles.tokens, squares.shape[1] if squares is not None else 0, *flags,
         num_warps=tiles.warps, **launch_options(x.device),
     )  # fmt: skip
+
+
+def rows_side_by_side(tiles: Tiles) -> int:
+    """Rows of W next to each other over the threads of a program that streams W."""
+    width = max(1, tiles.warps * 32 // tiles.groups)
+    assert tiles.rows % width == 0, f"{tiles} leaves threads without a row"
+    return width
 
 
 def takes_wide(kind: BlockKind) -> bool:

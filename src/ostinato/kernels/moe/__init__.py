@@ -7,11 +7,28 @@ from collections.abc import Sequence
 import torch
 
 from ostinato.errors import KernelError
-from ostinato.kernels.moe.ref import DENSE, PLANES, Stack, moe_block_ref, stack_of
+from ostinato.kernels.moe.ref import (
+    DENSE,
+    HANDED,
+    MAX_HANDED_WIDTH,
+    PLANES,
+    Stack,
+    hand_down_ref,
+    moe_block_ref,
+    stack_of,
+)
 from ostinato.kernels.registry import register
 from ostinato.quant.blocks import BlockWeight
 
-__all__ = ["moe_block"]
+__all__ = ["hands_down", "moe_block"]
+
+Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def hands_down(rows: int, gate_up: Stack, down: Stack) -> bool:
+    """Whether ``moe_block`` takes a ``next_norm`` for so many rows and these stacks."""
+    blocks = isinstance(gate_up, BlockWeight) and isinstance(down, BlockWeight)
+    return rows == 1 and blocks and gate_up.shape[1] % HANDED == 0 and down.shape[1] <= MAX_HANDED_WIDTH
 
 
 def moe_block(
@@ -27,29 +44,37 @@ def moe_block(
     normalize: bool = True,
     shared_gate: torch.Tensor | None = None,
     has_shared: bool = False,
-) -> torch.Tensor:
+    next_norm: torch.Tensor | None = None,
+) -> Results:
     """h + Σ_k w_k · down_k(silu(gate_k x̂) · up_k x̂) + w_shared · shared(x̂) with x̂ = rms_norm(h, norm, eps).
 
     h: float32 [M, H], contiguous; it is not written. norm: float32 [H]. router: float32 or bfloat16 [E, H].
     gate_up, down: stacks of E experts, or of E + 1 with ``has_shared``, whose last is the shared one: block weights of
     (E · 2F, H) and (E · H, F), or float tensors [E, 2F, H] and [E, H, F]. An expert has F gate rows, then F up rows.
     w_k: softmax of the chosen ``top_k`` logits or, without ``normalize``, of all. w_shared: sigmoid(shared_gate · x̂)
-    for a shared_gate [H] or [1, H] of the router's dtype, else 1. Returns float32 [M, H]. Raises KernelError.
+    for a shared_gate [H] or [1, H] of the router's dtype, else 1. Raises KernelError.
+
+    Returns (out, x, scale, squares). out: float32 [M, H]. The others are empty, or with ``next_norm`` float32 [H], the
+    weight of the norm that follows, what ``int8_linear`` takes in place of rms_norm(out, next_norm, eps): x is
+    out * next_norm as int8 [1, H] with a scale float32 [1, H/16] for 16 columns, and squares float32 [1, 1, H/16] are
+    the sums of out² over them. Only where ``hands_down``.
 
     On a GPU up to 64 rows are rounded to int8, 4 to 128 columns to a scale, before products with block weights, and
     more are rounded to bfloat16; logits and sums are float32. Logits that agree in their upper 32 - log2(E) bits may
     count as equal when experts are chosen; of equal ones the lower number wins. Dense stacks are multiplied in float32.
     """
     gate = None if shared_gate is None else shared_gate.reshape(-1)
-    _check(h, norm, router, gate_up, down, num_experts, top_k, gate, has_shared)
+    _check(h, norm, router, gate_up, down, num_experts, top_k, gate, has_shared, next_norm)
     if h.device.type == "cpu":
-        return moe_block_ref(
+        out = moe_block_ref(
             h, norm=norm, eps=eps, router=router, gate_up=gate_up, down=down, num_experts=num_experts, top_k=top_k,
             normalize=normalize, shared_gate=gate, has_shared=has_shared,
         )  # fmt: skip
-    result: torch.Tensor = _moe_block(
-        h, norm, eps, router, gate, *_operands(gate_up), *_operands(down), num_experts, top_k, normalize, has_shared
-    )
+        return out, *_handed_cpu(out, next_norm)
+    result: Results = _moe_block(
+        h, norm, eps, router, gate, *_operands(gate_up), *_operands(down), num_experts, top_k, normalize, has_shared,
+        next_norm,
+    )  # fmt: skip
     return result
 
 
@@ -63,6 +88,7 @@ def _check(
     top_k: int,
     gate: torch.Tensor | None,
     has_shared: bool,
+    next_norm: torch.Tensor | None,
 ) -> None:
     if h.dim() != 2 or h.dtype != torch.float32 or not h.is_contiguous():
         raise KernelError(f"moe_block takes a contiguous float32 h [M, H], got {tuple(h.shape)} {h.dtype}")
@@ -97,7 +123,19 @@ def _check(
             raise KernelError(f"moe_block takes {name} {shape} for {total} experts, got {tuple(stack.shape)}")
         if isinstance(stack, torch.Tensor) and not stack.is_floating_point():
             raise KernelError(f"moe_block takes {name} of floats or a block weight, got {stack.dtype}")
-    places = {"norm": norm, "router": router, "gate_up": gate_up, "down": down, "shared_gate": gate}
+    if next_norm is not None:
+        if not hands_down(h.shape[0], gate_up, down):
+            raise KernelError(
+                f"moe_block takes next_norm for one row, block weights, H of a multiple of {HANDED} and experts of up"
+                f" to {MAX_HANDED_WIDTH}, got {tuple(h.shape)}, {type(down).__name__} and experts of {width}"
+            )
+        if next_norm.shape != (hidden,) or next_norm.dtype != torch.float32 or not next_norm.is_contiguous():
+            raise KernelError(
+                f"moe_block takes a float32 next_norm [{hidden}], got {tuple(next_norm.shape)} {next_norm.dtype}"
+            )
+    places = {
+        "norm": norm, "router": router, "gate_up": gate_up, "down": down, "shared_gate": gate, "next_norm": next_norm
+    }  # fmt: skip
     for name, tensor in places.items():
         if tensor is not None and tensor.device != h.device:
             raise KernelError(f"moe_block: h is on {h.device} and {name} on {tensor.device}: move them to one device")
@@ -124,15 +162,23 @@ def _moe_block_cpu(
     top_k: int,
     normalize: bool,
     has_shared: bool,
-) -> torch.Tensor:
+    next_norm: torch.Tensor | None,
+) -> Results:
     first = gate_up[0]
     assert first is not None, "a stack has at least its words"
     width = first.shape[-2] // (2 if gate_up_kind == DENSE else 2 * (num_experts + has_shared))
-    return moe_block_ref(
+    out = moe_block_ref(
         h, norm=norm, eps=eps, router=router, gate_up=stack_of(gate_up, gate_up_kind, h.shape[1]),
         down=stack_of(down, down_kind, width), num_experts=num_experts, top_k=top_k, normalize=normalize,
         shared_gate=shared_gate, has_shared=has_shared,
     )  # fmt: skip
+    return out, *_handed_cpu(out, next_norm)
+
+
+def _handed_cpu(out: torch.Tensor, next_norm: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if next_norm is not None:
+        return hand_down_ref(out, next_norm)
+    return out.new_empty((0,), dtype=torch.int8), out.new_empty((0,)), out.new_empty((0,))
 
 
 def _moe_block_fake(
@@ -149,14 +195,18 @@ def _moe_block_fake(
     top_k: int,
     normalize: bool,
     has_shared: bool,
-) -> torch.Tensor:
-    return torch.empty_like(h)
+    next_norm: torch.Tensor | None,
+) -> Results:
+    rows, columns = h.shape if next_norm is not None else (0, 0)
+    x = h.new_empty((rows, columns) if rows else (0,), dtype=torch.int8)
+    scale = h.new_empty((rows, columns // HANDED) if rows else (0,))
+    return torch.empty_like(h), x, scale, h.new_empty((rows, 1, columns // HANDED) if rows else (0,))
 
 
 _moe_block = register(
     "moe_block(Tensor h, Tensor norm, float eps, Tensor router, Tensor? shared_gate, Tensor?[] gate_up,"
-    " str gate_up_kind, Tensor?[] down, str down_kind, int num_experts, int top_k, bool normalize, bool has_shared)"
-    " -> Tensor",
+    " str gate_up_kind, Tensor?[] down, str down_kind, int num_experts, int top_k, bool normalize, bool has_shared,"
+    " Tensor? next_norm) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_moe_block_cpu,
     kernel="ostinato.kernels.moe.triton:moe_block",
     fake=_moe_block_fake,

@@ -13,6 +13,8 @@ from ostinato.quant.blocks import KINDS, BlockWeight, dequantize
 Stack = BlockWeight | torch.Tensor
 DENSE = "dense"  # the kind that the registered op calls a stack which is a tensor
 PLANES = ("words", "d", "high", "m", "sub_d", "sub_m")
+HANDED = 16  # columns that share a scale in a row that is handed to the next product
+MAX_HANDED_WIDTH = 1024  # the widest experts whose kernel for one row rounds it: 16 rows of down fit a program
 
 
 def stack_of(planes: Sequence[torch.Tensor | None], kind: str, columns: int) -> Stack:
@@ -108,6 +110,16 @@ def moe_block_dense(
         gate, up = (x @ gate_up[expert].float().T).chunk(2, dim=-1)
         total += (F.silu(gate) * up) @ down[expert].float().T * spread[:, expert, None]
     return total
+
+
+def hand_down_ref(h: torch.Tensor, next_norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h · next_norm as int8 [M, H], a scale [M, H/16] for 16 columns, and the sums of h² over each 16, [M, 1, H/16].
+
+    Their root mean square only scales a row, so that rms_norm(h, next_norm, eps) is int8 times scale times
+    rsqrt(squares.sum(-1) / H + eps).
+    """
+    x, scale = quantize_rows_ref(h * next_norm, HANDED)
+    return x, scale, h.square().view(h.shape[0], 1, -1, HANDED).sum(3)
 
 
 def _expert(stack: Stack, expert: int, total: int) -> torch.Tensor:

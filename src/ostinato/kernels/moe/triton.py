@@ -20,7 +20,7 @@ from ostinato.kernels.moe.experts.triton import (
     _gate_up_list_kernel,
 )
 from ostinato.kernels.moe.lists.triton import _down_mma_kernel, _gate_up_mma_kernel
-from ostinato.kernels.moe.ref import Stack, moe_block_dense, stack_of
+from ostinato.kernels.moe.ref import HANDED, Stack, moe_block_dense, stack_of
 from ostinato.kernels.moe.route.triton import _choose_kernel, _key_kernel, _router_kernel, _sort_kernel
 from ostinato.kernels.rms_norm import rms_norm
 from ostinato.quant.blocks import KINDS, BlockWeight
@@ -67,15 +67,16 @@ class MoeTiles:
         return (128, 128) if self.integer else (16, self.gate_rows)
 
 
-def default_tiles(m: int, hidden: int, width: int, kinds: tuple[str, str]) -> MoeTiles:
+def default_tiles(m: int, hidden: int, width: int, kinds: tuple[str, str], hands_down: bool = False) -> MoeTiles:
     """Tiles by rule, from measurements at H = 2048, F = 512 (docs/performance/kernels_moe.md).
 
-    kinds: of gate and up, and of down.
+    kinds: of gate and up, and of down. hands_down: with a ``next_norm``, for which a program of down has whole scales.
     """
     wide = max(1, min(4, hidden // 512))
     if m == 1:
         together = 2 if width <= 2048 else 1
-        return MoeTiles(2, 8, 4, max(1, min(4, hidden // 1024)), 2 * together, 4, together=together)
+        warps = 8 if hands_down and width > 512 else 4  # 16 rows a program, four a thread
+        return MoeTiles(2, 8, 4, max(1, min(4, hidden // 1024)), 2 * together, warps, together=together)
     if kinds == INTEGER and m >= MIN_INTEGER and width <= 2048:
         tiles = MoeTiles(8, 8, 8, wide, 8, 1, integer=True, down_tiles=4, down_registers=255)
         if m <= 16:
@@ -102,29 +103,33 @@ def moe_block(
     top_k: int,
     normalize: bool,
     has_shared: bool,
+    next_norm: torch.Tensor | None = None,
     tiles: MoeTiles | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the kernels for h [M, H]; arguments as the op's, and ``tiles`` in place of the rule's."""
+    tokens, hidden = h.shape
+    handed = _handed(hidden if next_norm is not None else 0, h.device)
     if gate_up_kind == "dense":
-        return moe_block_dense(
+        out = moe_block_dense(
             h, norm=norm, eps=eps, router=router, gate_up=_first(gate_up), down=_first(down), top_k=top_k,
             normalize=normalize, shared_gate=shared_gate, has_shared=has_shared,
         )  # fmt: skip
-    tokens, hidden = h.shape
+        return out, *handed
     width = _first(gate_up).shape[0] // (2 * (num_experts + has_shared))
     if tokens == 0:
-        return torch.empty_like(h)
+        return torch.empty_like(h), *handed
     if h.data_ptr() % 16:  # kernels load four elements at a time
         h = h.clone()
     if tokens > MAX_ROWS:
         stacks = stack_of(gate_up, gate_up_kind, hidden), stack_of(down, down_kind, width)
-        return _many_rows(h, norm, eps, router, shared_gate, *stacks, num_experts, top_k, normalize, has_shared)
+        out = _many_rows(h, norm, eps, router, shared_gate, *stacks, num_experts, top_k, normalize, has_shared)
+        return out, *handed
     if max(hidden, width) > MAX_COLUMNS:
         raise KernelError(
             f"moe_block takes up to {MAX_COLUMNS} columns for up to {MAX_ROWS} rows, got {hidden} and {width} columns"
         )
     kinds = gate_up_kind, down_kind
-    tiles = default_tiles(tokens, hidden, width, kinds) if tiles is None else tiles
+    tiles = default_tiles(tokens, hidden, width, kinds, next_norm is not None) if tiles is None else tiles
     if tiles.integer:
         assert kinds == INTEGER, "tensor cores take lists of I4_128 only"
         assert tokens > 1, "one token has no lists"
@@ -160,12 +165,16 @@ def moe_block(
             padded, top_k, t.gate_rows, gate_groups, t.gate_warps, num_warps=t.gate_warps, **options,
         )  # fmt: skip
         side = side // t.together
+        if next_norm is not None and t.down_rows * side % HANDED:
+            raise KernelError(f"moe_block: {t.down_rows * side} rows a program of down are no multiple of {HANDED}")
+        after = (next_norm, *handed) if next_norm is not None else (h, out, out, out)
         _down_kernel[(triton.cdiv(hidden, t.down_rows * side),)](
-            *act, keys, logits, *down_planes, h, out, num_experts, hidden, width, *down_constants,
+            *act, keys, logits, *down_planes, h, out, *after, num_experts, hidden, width, *down_constants,
             padded, top_k, normalize, has_shared, shared_gate is not None,
-            share, t.down_rows, side, t.together, down_groups, t.down_warps, t.early, num_warps=t.down_warps, **options,
+            share, t.down_rows, side, t.together, down_groups, t.down_warps, t.early,
+            HANDED if next_norm is not None else 0, num_warps=t.down_warps, **options,
         )  # fmt: skip
-        return out
+        return out, *handed
     ids = torch.empty((tokens, picks), dtype=torch.int32, device=device)
     weights = torch.empty((tokens, picks), dtype=torch.float32, device=device)
     _choose_kernel[(tokens,)](
@@ -214,7 +223,7 @@ def moe_block(
     _combine_kernel[(tokens, triton.cdiv(hidden, block))](
         h, parts, out, hidden, picks, block, num_warps=max(1, block // 128), **options
     )
-    return out
+    return out, *handed
 
 
 def _first(planes: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -241,6 +250,16 @@ def _int8(rows: int, columns: int, share: int, device: torch.device) -> tuple[to
     """Room for int8 rows: words int32 [rows, columns / 4], and scales float32, one for ``share`` words."""
     words = torch.empty((rows, columns // 4), dtype=torch.int32, device=device)
     return words, torch.empty((rows, columns // 4 // share), dtype=torch.float32, device=device)
+
+
+def _handed(hidden: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for a row that is handed to the next product: int8, scales and sums of squares; 0 columns for none."""
+    groups = hidden // HANDED
+    return (
+        torch.empty((1, hidden) if hidden else (0,), dtype=torch.int8, device=device),
+        torch.empty((1, groups) if hidden else (0,), dtype=torch.float32, device=device),
+        torch.empty((1, 1, groups) if hidden else (0,), dtype=torch.float32, device=device),
+    )
 
 
 def _many_rows(

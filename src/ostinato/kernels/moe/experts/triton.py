@@ -15,17 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.kernels.block_linear.matvec.triton import half, load_tile, quad
-from ostinato.kernels.moe.route.triton import choose_all, choose_one, nothing, sum_both
-from ostinato.kernels.triton import (
-    INTERPRETED,
-    dp4a,
-    gate_times_up,
-    load_floats,
-    load_words,
-    trigger,
-    wait,
-)
+from ostinato.kernels.block_linear.matvec.triton import load_tile
+from ostinato.kernels.block_linear.rounded.triton import load_row, row_products
+from ostinato.kernels.moe.route.triton import choose_all, choose_one, sum_both
+from ostinato.kernels.triton import gate_times_up, nothing, trigger, wait
 
 
 @triton.jit
@@ -40,111 +33,6 @@ def load_expert(
         d + first * (K // SUPER), m + first * (K // SUPER), sub_d + first * KG, sub_m + first * KG,
         rows, g, KG, BITS, SUPER, HAS_MIN, HAS_SUB,
     )  # fmt: skip
-
-
-@triton.jit
-def load_float(pointer, inside):
-    """One float32 each, zeros outside, in the layout of the pointers."""
-    if INTERPRETED:
-        return tl.load(pointer, mask=inside, other=0.0)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
-            "=&f,l,r", [pointer, inside.to(tl.int32)], dtype=tl.float32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def load_row(words, scales, g, KG: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr):
-    """A row of int8 inputs: eight words, 8 / SHARE scales, and the sums of the lower and the upper half of each group.
-
-    words, scales: the row's. g: [1, 1, W, NG], the groups. SHARE: words that share a scale, 1, 2 or 4. For groups of 32
-    and more the whole sum is in the first.
-    """
-    inside = g < KG
-    w0, w1, w2, w3 = load_words(words + g * 8, inside)
-    w4, w5, w6, w7 = load_words(words + g * 8 + 4, inside)
-    x = nothing() + (w0, w1, w2, w3, w4, w5, w6, w7)  # noqa: RUF005
-    if SHARE == 4:
-        s0 = load_float(scales + g * 2, inside)
-        s1 = load_float(scales + g * 2 + 1, inside)
-        x += (s0, s1)
-    elif SHARE == 2:
-        s0, s1, s2, s3 = load_floats(scales + g * 4, inside)
-        x += (s0, s1, s2, s3)
-    else:
-        s0, s1, s2, s3 = load_floats(scales + g * 8, inside)
-        s4, s5, s6, s7 = load_floats(scales + g * 8 + 4, inside)
-        x += (s0, s1, s2, s3, s4, s5, s6, s7)
-    lower = x[8]
-    upper = lower
-    if SUMS:
-        ones = tl.full(w0.shape, 0x01010101, tl.int32)
-        lower = tl.zeros(w0.shape, tl.float32)
-        upper = lower
-        for part in tl.static_range(4 // SHARE):
-            low = tl.full(w0.shape, 0x4B400000, tl.int32)
-            upp = low
-            for t in tl.static_range(SHARE):
-                low = dp4a(x[part * SHARE + t], ones, low)
-                upp = dp4a(x[4 + part * SHARE + t], ones, upp)
-            lower += from_bits(low) * x[8 + part]
-            upper += from_bits(upp) * x[8 + 4 // SHARE + part]
-        if GROUP >= 32:
-            lower += upper
-    return x + (lower, upper)  # noqa: RUF005
-
-
-@triton.jit
-def from_bits(total):
-    """An integer sum that was started at 0x4B400000, in float32.
-
-    Those are the bits of 1.5 * 2**23, to which an integer adds as it does to a float: cheaper than converting.
-    """
-    return total.to(tl.float32, bitcast=True) - 12582912.0
-
-
-@triton.jit
-def dp4a_high(a, b, c):
-    """c + the dot product of the four *unsigned* bytes of a, multiples of 16, and the signed bytes of b."""
-    if INTERPRETED:
-        return c + 16 * (dp4a((a >> 4) & 0x0F0F0F0F, b, tl.zeros_like(c)))
-    else:
-        return tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def row_products(tile, x, SHARE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
-                 MIN_SIGN: tl.constexpr, HAS_SUB: tl.constexpr):  # fmt: skip
-    """The products of a tile with a row of ``load_row``, group by group: float32 [1, R, W, NG]."""
-    shape: tl.constexpr = tile[0].shape
-    lower = tl.zeros(shape, tl.float32)
-    upper = lower
-    for part in tl.static_range(4 // SHARE):
-        low = tl.full(shape, 0x4B400000, tl.int32)
-        upp = low
-        for t in tl.static_range(SHARE):
-            low = dp4a(quad(tile, part * SHARE + t, BITS), tl.broadcast_to(x[part * SHARE + t], shape), low)
-            of_upper = tl.broadcast_to(x[4 + part * SHARE + t], shape)
-            if BITS == 4:  # high nibbles where they are: 16 times the product, without a shift
-                upp = dp4a_high(tile[part * SHARE + t] & -252645136, of_upper, upp)
-            else:
-                upp = dp4a(quad(tile, 4 + part * SHARE + t, BITS), of_upper, upp)
-        lower += from_bits(low) * x[8 + part]
-        upper += from_bits(upp) * (x[8 + 4 // SHARE + part] * (0.0625 if BITS == 4 else 1.0))
-    scale, minimum = half(tile[10], tile[11], tile[12], tile[13], False, GROUP, OFFSET, MIN_SIGN, HAS_SUB)
-    if GROUP >= 32:
-        total = (lower + upper) * scale
-        if MIN_SIGN != 0 or OFFSET != 0:
-            total += minimum * x[8 + 8 // SHARE]
-    else:
-        scale_up, minimum_up = half(tile[10], tile[11], tile[12], tile[13], True, GROUP, OFFSET, MIN_SIGN, HAS_SUB)
-        total = lower * scale + upper * scale_up
-        if MIN_SIGN != 0 or OFFSET != 0:
-            total += minimum * x[8 + 8 // SHARE] + minimum_up * x[9 + 8 // SHARE]
-    return total
 
 
 @triton.jit
@@ -207,15 +95,18 @@ def one_of(values, which, FIRST: tl.constexpr, COUNT: tl.constexpr, LAST: tl.con
 
 @triton.jit
 def _down_kernel(
-    act_words, act_scales, keys, logits, words, high, d, m, sub_d, sub_m, h, out, E, H, F: tl.constexpr,
+    act_words, act_scales, keys, logits, words, high, d, m, sub_d, sub_m, h, out, next_norm, next_x, next_scale,
+    squares, E, H, F: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
     EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr,
     SHARE: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr, TOGETHER: tl.constexpr, NG: tl.constexpr,
-    WARPS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, EARLY: tl.constexpr, HANDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = h + the weighted sum over all picks of one token, R * SIDE rows a program.
 
     Threads have SIDE rows of TOGETHER picks side by side. The shared expert, a pick too many, has all of them for rows.
+    HANDED: columns of which out * next_norm is stored as int8 with one scale, beside the sum of out² over them, so that
+    the next product needs no kernel for its norm; 0 for none.
     """
     trigger(PDL)
     FG: tl.constexpr = F // 32
@@ -246,6 +137,10 @@ def _down_kernel(
         shared = load_expert(words, high, d, m, sub_d, sub_m, first, all_rows, g, F, BITS, SUPER, MIN, SUB)
     n = start + tl.arange(0, R)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
     total = tl.load(h + n, mask=n < H, other=0.0, cache_modifier=".cg")
+    if HANDED:
+        group = tl.program_id(0) * (R * SIDE // HANDED) + tl.arange(0, R * SIDE // HANDED)
+        column = group[:, None] * HANDED + tl.arange(0, HANDED)[None, :]
+        gain = tl.load(next_norm + column, mask=column < H, other=0.0)
     if EARLY:
         wait(PDL)
     acc = tl.zeros((1, R, W, NG), tl.float32)
@@ -265,6 +160,16 @@ def _down_kernel(
         of_shared = row_products(shared, x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weights[TOP_K]
         total += tl.reshape(tl.sum(of_shared, 3), (R, SIDE))
     tl.store(out + n, total, mask=n < H)
+    if HANDED:
+        sums = tl.reshape(total, (R * SIDE // HANDED, HANDED))
+        normed = sums * gain
+        largest = tl.max(tl.abs(normed), 1)
+        # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
+        shifted = normed * (127.0 / tl.maximum(largest, 1e-30))[:, None] + 12582912.0
+        rounded = shifted.to(tl.int32, bitcast=True)
+        tl.store(next_x + column, ((rounded << 24) >> 24).to(tl.int8), mask=column < H)
+        tl.store(next_scale + group, largest * (1.0 / 127.0), mask=group < H // HANDED)
+        tl.store(squares + group, tl.sum(sums * sums, 1), mask=group < H // HANDED)
 
 
 @triton.jit

@@ -21,8 +21,8 @@ import triton.language as tl
 
 from ostinato.kernels.block_linear.batch.triton import mma
 from ostinato.kernels.moe.experts.triton import block_span
-from ostinato.kernels.moe.route.triton import load_fresh, nothing
-from ostinato.kernels.triton import INTERPRETED, gate_times_up, trigger, wait
+from ostinato.kernels.moe.route.triton import load_fresh
+from ostinato.kernels.triton import INTERPRETED, gate_times_up, nothing, trigger, wait
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.kernels.triton import INTERPRETED, dp4a, load_floats, quantize_quad, trigger, wait
+from ostinato.kernels.triton import INTERPRETED, dp4a, load_floats, nothing, quantize_quad, trigger, wait
 
 
 @triton.jit
@@ -40,12 +40,6 @@ def load_keys(keys, EP: tl.constexpr, WARPS: tl.constexpr):
     """All keys in each warp, so that the choice needs no exchange between warps: int32 [EP / 32, WARPS, 32]."""
     lane = tl.arange(0, 32)[None, None, :] + tl.arange(0, WARPS)[None, :, None] * 0
     return load_fresh(keys + tl.arange(0, EP // 32)[:, None, None] * 32 + lane)
-
-
-@triton.jit
-def nothing():
-    """The empty tuple, to which type checkers let a tuple of any length be added."""
-    return ()
 
 
 @triton.jit

@@ -1,0 +1,156 @@
+"""Products with rows that are int8 already, a few columns to a scale: dp4a, exact integer sums within a scale.
+
+Tensors are [1, R, W, NG], as in ``_streamed_kernel``: a thread holds whole groups of 32 columns, 16 bytes of a weight
+a load. ``load_row`` and ``row_products`` take a scale for 4, 8 or 16 columns; the experts' kernels use all three.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ostinato.kernels.block_linear.matvec.triton import half, load_tile, quad
+from ostinato.kernels.triton import INTERPRETED, dp4a, load_float, load_floats, load_words, nothing, trigger, wait
+
+
+@triton.jit
+def load_row(words, scales, g, KG: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr):
+    """A row of int8 inputs: eight words, 8 / SHARE scales, and the sums of the lower and the upper half of each group.
+
+    words, scales: the row's. g: [1, 1, W, NG], the groups. SHARE: words that share a scale, 1, 2 or 4. For groups of 32
+    and more the whole sum is in the first.
+    """
+    inside = g < KG
+    w0, w1, w2, w3 = load_words(words + g * 8, inside)
+    w4, w5, w6, w7 = load_words(words + g * 8 + 4, inside)
+    x = nothing() + (w0, w1, w2, w3, w4, w5, w6, w7)  # noqa: RUF005
+    if SHARE == 4:
+        s0 = load_float(scales + g * 2, inside)
+        s1 = load_float(scales + g * 2 + 1, inside)
+        x += (s0, s1)
+    elif SHARE == 2:
+        s0, s1, s2, s3 = load_floats(scales + g * 4, inside)
+        x += (s0, s1, s2, s3)
+    else:
+        s0, s1, s2, s3 = load_floats(scales + g * 8, inside)
+        s4, s5, s6, s7 = load_floats(scales + g * 8 + 4, inside)
+        x += (s0, s1, s2, s3, s4, s5, s6, s7)
+    lower = x[8]
+    upper = lower
+    if SUMS:
+        ones = tl.full(w0.shape, 0x01010101, tl.int32)
+        lower = tl.zeros(w0.shape, tl.float32)
+        upper = lower
+        for part in tl.static_range(4 // SHARE):
+            low = tl.full(w0.shape, 0x4B400000, tl.int32)
+            upp = low
+            for t in tl.static_range(SHARE):
+                low = dp4a(x[part * SHARE + t], ones, low)
+                upp = dp4a(x[4 + part * SHARE + t], ones, upp)
+            lower += from_bits(low) * x[8 + part]
+            upper += from_bits(upp) * x[8 + 4 // SHARE + part]
+        if GROUP >= 32:
+            lower += upper
+    return x + (lower, upper)  # noqa: RUF005
+
+
+@triton.jit
+def from_bits(total):
+    """An integer sum that was started at 0x4B400000, in float32.
+
+    Those are the bits of 1.5 * 2**23, to which an integer adds as it does to a float: cheaper than converting.
+    """
+    return total.to(tl.float32, bitcast=True) - 12582912.0
+
+
+@triton.jit
+def dp4a_high(a, b, c):
+    """c + the dot product of the four *unsigned* bytes of a, multiples of 16, and the signed bytes of b."""
+    if INTERPRETED:
+        return c + 16 * (dp4a((a >> 4) & 0x0F0F0F0F, b, tl.zeros_like(c)))
+    else:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def row_products(tile, x, SHARE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
+                 MIN_SIGN: tl.constexpr, HAS_SUB: tl.constexpr):  # fmt: skip
+    """The products of a tile with a row of ``load_row``, group by group: float32 [1, R, W, NG]."""
+    shape: tl.constexpr = tile[0].shape
+    lower = tl.zeros(shape, tl.float32)
+    upper = lower
+    for part in tl.static_range(4 // SHARE):
+        low = tl.full(shape, 0x4B400000, tl.int32)
+        upp = low
+        for t in tl.static_range(SHARE):
+            low = dp4a(quad(tile, part * SHARE + t, BITS), tl.broadcast_to(x[part * SHARE + t], shape), low)
+            of_upper = tl.broadcast_to(x[4 + part * SHARE + t], shape)
+            if BITS == 4:  # high nibbles where they are: 16 times the product, without a shift
+                upp = dp4a_high(tile[part * SHARE + t] & -252645136, of_upper, upp)
+            else:
+                upp = dp4a(quad(tile, 4 + part * SHARE + t, BITS), of_upper, upp)
+        lower += from_bits(low) * x[8 + part]
+        upper += from_bits(upp) * (x[8 + 4 // SHARE + part] * (0.0625 if BITS == 4 else 1.0))
+    scale, minimum = half(tile[10], tile[11], tile[12], tile[13], False, GROUP, OFFSET, MIN_SIGN, HAS_SUB)
+    if GROUP >= 32:
+        total = (lower + upper) * scale
+        if MIN_SIGN != 0 or OFFSET != 0:
+            total += minimum * x[8 + 8 // SHARE]
+    else:
+        scale_up, minimum_up = half(tile[10], tile[11], tile[12], tile[13], True, GROUP, OFFSET, MIN_SIGN, HAS_SUB)
+        total = lower * scale + upper * scale_up
+        if MIN_SIGN != 0 or OFFSET != 0:
+            total += minimum * x[8 + 8 // SHARE] + minimum_up * x[9 + 8 // SHARE]
+    return total
+
+
+@triton.jit
+def _rounded_kernel(
+    x_words, x_scales, squares, eps, words, high, d, m, sub_d, sub_m, residual, out, N, K: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, NG: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr,
+    RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row of x with a scale for 16 columns by R * W rows of a weight.
+
+    PARTS: the sum of that many ``squares`` of a row is of all K columns, and the root mean square divides the products
+    (it only scales a row); 0 for none. PARTS_UP: the power of two from there.
+    """
+    trigger(PDL)
+    KG: tl.constexpr = K // 32
+    STEPS: tl.constexpr = (KG + NG - 1) // NG
+    SUB: tl.constexpr = GROUP != SUPER
+    MIN: tl.constexpr = MIN_SIGN != 0
+    start = tl.program_id(0) * (R * W)
+    token = tl.program_id(1)
+    rows = tl.minimum(start + tl.arange(0, R)[None, :, None, None] * W + tl.arange(0, W)[None, None, :, None], N - 1)
+    n = start + tl.arange(0, R)[None, :, None] * W + tl.arange(0, W)[None, None, :]
+    where = token * N + n
+    g = tl.arange(0, NG)[None, None, None, :]
+    lane = tl.arange(0, W)[None, None, :, None] * 0 + g
+    x_words += token * (K // 4)
+    x_scales += token * (K // 16)
+    tile = load_tile(words, high, d, m, sub_d, sub_m, rows, g, KG, BITS, SUPER, MIN, SUB)
+    wait(PDL)
+    if RESIDUAL:
+        added = tl.load(residual + where, mask=n < N, other=0.0)
+    if PARTS > 0:
+        part = tl.arange(0, PARTS_UP)
+        square = tl.load(squares + token * PARTS + part, mask=part < PARTS, other=0.0)
+    acc = tl.zeros((1, R, W, NG), tl.float32)
+    for step in range(STEPS):
+        x = load_row(x_words, x_scales, step * NG + lane, KG, 4, GROUP, MIN or OFFSET != 0)
+        if STEPS > 1:  # groups of a step beyond the last read as zeros, without a load
+            ahead = (step + 1) * NG + g
+            next_tile = load_tile(words, high, d, m, sub_d, sub_m, rows, ahead, KG, BITS, SUPER, MIN, SUB)
+        acc += row_products(tile, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
+        if STEPS > 1:
+            tile = next_tile
+    y = tl.sum(acc, 3)
+    if PARTS > 0:
+        y *= tl.rsqrt(tl.sum(square, 0) / K + eps)
+    if RESIDUAL:
+        y += added
+    tl.store(out + where, y.to(out.dtype.element_ty), mask=n < N)

@@ -1,0 +1,130 @@
+"""One row of a step: experts round it for the layer that follows, here with the references of the ops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ostinato.engine.loading import open_checkpoint
+from ostinato.layers.batch import Batch
+from ostinato.layers.linear import Linear, Norm, RoundedRow, Target, Weight
+from ostinato.layers.moe import MoE
+from ostinato.load.quantizing import QuantizingCheckpoint
+from ostinato.models import qwen3_5
+from ostinato.models.qwen3_5 import Qwen35ForCausalLM
+from ostinato.models.registry import family_of
+from ostinato.quant.blocks import BlockWeight
+from ostinato.quant.plan import Scheme
+from tests.unit.models.tiny import CONTEXT, CPU, Runs, random_ids, save_hf
+from tests.unit.models.tiny_qwen3_5 import SPECS, reference
+
+IDS = random_ids(12)
+
+
+class Blocks(Target):
+    """Keeps blocks as they are, as a GPU does, with float32 between ops."""
+
+    @property
+    def exact(self) -> bool:
+        return False
+
+    def place(self, weight: BlockWeight | torch.Tensor) -> Weight:
+        return weight
+
+
+def model_of(name: str, directory: Path) -> Qwen35ForCausalLM:
+    spec = next(s for s in SPECS if s.name == name)
+    opened = QuantizingCheckpoint(save_hf(reference(spec), directory), Scheme(32, "int8"))
+    checkpoint, reader = open_checkpoint(opened, CPU)
+    with torch.inference_mode():
+        model = family_of(checkpoint).build(checkpoint, Blocks(CPU, torch.float32), CONTEXT)
+    reader.finish()
+    assert isinstance(model, Qwen35ForCausalLM)
+    return model
+
+
+def steps(model: Qwen35ForCausalLM) -> torch.Tensor:
+    runs = Runs(model)
+    return torch.cat([runs.decode([token], [at], [0]) for at, token in enumerate(IDS)])
+
+
+def on_gpu(batch: Batch) -> Any:
+    tokens = SimpleNamespace(is_cuda=True, shape=batch.tokens.shape)
+    return SimpleNamespace(tokens=tokens, decode=batch.decode)
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[RoundedRow]:
+    """Makes the model believe that it runs on a GPU, and lists the rows that were handed on."""
+    real, product, rows = qwen3_5.handed_norm, Linear.of_rounded, []
+
+    def spied(self: Linear, row: RoundedRow, **options: Any) -> torch.Tensor:
+        rows.append(row)
+        return product(self, row, **options)
+
+    monkeypatch.setattr(qwen3_5, "handed_norm", lambda mlp, following, batch: real(mlp, following, on_gpu(batch)))
+    monkeypatch.setattr(Linear, "of_rounded", spied)
+    return rows
+
+
+def apart(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Deviation of the logits' error over theirs, in the better rows: a rounding may swap two of a few experts."""
+    return float((actual - expected).std(-1).quantile(0.25) / expected.std())
+
+
+@pytest.mark.parametrize("name", ["moe", "next", "qwen3-moe"])
+def test_handed_rows_change_the_logits_by_their_rounding(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handed: list[RoundedRow]
+) -> None:
+    """The largest of 16 normal numbers is about two deviations, so int8 errs by 2/127/sqrt(12), 0.5 % of a deviation.
+
+    Two rows are handed on in three layers, and every layer behind one can double an error; a wrong norm is seen.
+    """
+    model = model_of(name, tmp_path)
+    found = steps(model)
+    assert len(handed) == 2 * len(IDS)
+    assert all(row.x.dtype == torch.int8 and row.scale.shape == (1, 4) for row in handed)
+    with monkeypatch.context() as patch:
+        patch.setattr(qwen3_5, "handed_norm", lambda *_: None)
+        expected = steps(model)
+    assert len(handed) == 2 * len(IDS)
+    assert 0 < apart(found, expected) < 2 * 4 * 0.005
+    with monkeypatch.context() as patch:
+        norms = {id(layer.mlp): layer.mixer.norm for layer in model.layers}  # the layer's own, not the next one's
+        patch.setattr(qwen3_5, "handed_norm", lambda mlp, following, _: norms[id(mlp)] if following else None)
+        assert apart(steps(model), expected) > 2 * 2 * 4 * 0.005
+
+
+def test_who_hands_a_row_on(tmp_path: Path) -> None:
+    model = model_of("moe", tmp_path / "moe")
+    first, second = model.layers[0], model.layers[1]
+    assert isinstance(first.mlp, MoE)
+
+    def norm_for(mlp: MoE, following: Any, rows: int = 1, *, decode: bool = True, is_cuda: bool = True) -> Norm | None:
+        tokens = SimpleNamespace(is_cuda=is_cuda, shape=(rows,))
+        return qwen3_5.handed_norm(mlp, following, SimpleNamespace(tokens=tokens, decode=decode))  # type: ignore[arg-type]  # a stand-in
+
+    assert norm_for(first.mlp, second) is second.mixer.norm
+    assert norm_for(first.mlp, None) is None
+    assert norm_for(first.mlp, second, 2) is None
+    assert norm_for(first.mlp, second, decode=False) is None
+    assert norm_for(first.mlp, second, is_cuda=False) is None
+    qkv = second.mixer.qkv  # type: ignore[union-attr]  # the second layer is one of attention
+    dense = replace(second.mixer, qkv=Linear((torch.zeros(qkv.parts[0].shape),)))
+    assert norm_for(first.mlp, replace(second, mixer=dense)) is None
+    biased = replace(second.mixer, qkv=Linear(qkv.parts, torch.zeros(qkv.parts[0].shape[0])))
+    assert norm_for(first.mlp, replace(second, mixer=biased)) is None
+    apart_from_others = model_of("moe-wide-shared", tmp_path / "wide").layers[0].mlp
+    assert isinstance(apart_from_others, MoE)
+    assert norm_for(apart_from_others, second) is None
+
+
+def test_a_dense_layer_between_hands_nothing_on(tmp_path: Path, handed: list[RoundedRow]) -> None:
+    """Of next-some-dense's three layers the second has no experts, and the third is the last."""
+    steps(model_of("next-some-dense", tmp_path))
+    assert len(handed) == len(IDS)
