@@ -5,6 +5,7 @@ import torch
 
 from ostinato.kernels.block_linear import prefers_int8
 from ostinato.layers import attention
+from ostinato.layers.linear import Linear
 
 from ...unit.layers.test_attention import layer, one_row
 
@@ -21,8 +22,8 @@ def test_rounding_in_the_join_equals_rounding_in_the_product(
     mixer = layer(kind, 2048, 16, 2, 256, True, CUDA)
     h, *given = one_row(mixer, position, torch.bfloat16, CUDA)
     calls = []
-    launch = attention.int8_linear
-    monkeypatch.setattr(attention, "int8_linear", lambda *args, **named: calls.append(0) or launch(*args, **named))
+    product = Linear.of_rounded
+    monkeypatch.setattr(Linear, "of_rounded", lambda *args, **named: calls.append(0) or product(*args, **named))
     rounded = mixer(h, *given)
     assert calls == [0]
     monkeypatch.setattr(attention, "prefers_int8", lambda weight, rows: False)

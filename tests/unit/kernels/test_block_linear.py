@@ -259,9 +259,9 @@ def test_int8_rows_have_tiles_that_nobody_measured(kind, n, k, m, device):
     x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
     scale = torch.rand(m, k // 32, device=device) * 0.02
     kernel = load("ostinato.kernels.block_linear.triton:int8_linear")
-    found = kernel(x, scale, *operands(weight), None, 0.0, None)
+    found = kernel(x, scale, *operands(weight), None, 0.0, None, torch.float32)
     wide = x.float() * scale.repeat_interleave(32, dim=1)
-    assert_sums_agree(found, int8_linear_ref(x, scale, weight, None, 0.0, None), wide, weight)
+    assert_sums_agree(found, int8_linear_ref(x, scale, weight, None, 0.0, None, torch.float32), wide, weight)
 
 
 def test_makers_round_where_the_product_would_do_it_apart_or_was_measured_with_it(monkeypatch, device):

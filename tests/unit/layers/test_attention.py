@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ostinato.kv.paged import KVSpec, PagedKV
-from ostinato.layers import attention
 from ostinato.layers.attention import Attention
 from ostinato.layers.batch import Batch
 from ostinato.layers.linear import Linear, Norm
@@ -54,11 +53,13 @@ def test_a_rounded_row_goes_through_the_same_product(gated: bool, monkeypatch: p
     h, *given = one_row(mixer, 300, torch.float32, CPU)
     expected = mixer(h, *given)
     seen = []
-    launch = attention.int8_linear
-    monkeypatch.setattr(attention, "int8_linear", lambda x, *rest, **named: seen.append(x) or launch(x, *rest, **named))
-    monkeypatch.setattr(Attention, "_int8_weight", lambda self, rows: self.out.block_weight)
+    product = Linear.of_rounded
+    monkeypatch.setattr(
+        Linear, "of_rounded", lambda self, row, **named: seen.append(row) or product(self, row, **named)
+    )
+    monkeypatch.setattr(Attention, "_rounds", lambda self, rows: True)
     found = mixer(h, *given)
-    assert [x.dtype for x in seen] == [torch.int8]
+    assert [row.x.dtype for row in seen] == [torch.int8]
     # int8 in groups of 32 is off by 1 / sqrt(12) of a step, of which 127 are some 2 to 3 times the root mean square.
     error = float((found - expected).norm() / (expected - h).norm())
     assert 0 < error < 9e-3
@@ -66,4 +67,4 @@ def test_a_rounded_row_goes_through_the_same_product(gated: bool, monkeypatch: p
 
 def test_on_a_cpu_rows_stay_as_they_are() -> None:
     mixer = layer("Q4_0", 64, 2, 1, 32, False, CPU)
-    assert mixer._int8_weight(torch.zeros(1, 64)) is None
+    assert not mixer._rounds(torch.zeros(1, 64))
