@@ -282,7 +282,7 @@ def choose(rows: int, heads: int, value_dim: int, defer_norm: bool, multiprocess
     width = triton.next_power_of_2(value_dim)
     while parts > 1 and (rows * heads * parts > 2 * multiprocessors or width // parts < 32):
         parts //= 2
-    return Tiling(parts, 4)
+    return Tiling(parts, 2 if width // parts == 32 else 4)
 
 
 def delta_decode(
