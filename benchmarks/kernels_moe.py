@@ -193,7 +193,7 @@ def grouped(kind: str, ms: list[int]) -> None:
 def trace(blocks: Blocks, m: int) -> None:
     """Start and end of each kernel of a block as the profiler saw them, in microseconds from the block's start."""
     h = torch.randn(m, HIDDEN, device=CUDA)
-    names = 3 if m == 1 else 5
+    names = 3 if m == 1 else 6
 
     def chain() -> None:
         inner = h

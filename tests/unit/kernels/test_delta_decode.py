@@ -102,7 +102,7 @@ def test_hidden_sizes_that_are_no_multiple_of_four_are_refused(device: torch.dev
 
 
 def test_parts_fill_the_gpu_and_no_more() -> None:
-    assert choose(1, 32, 128, True, 132) == Tiling(4, 4)
+    assert choose(1, 32, 128, True, 132) == Tiling(4, 2)
     assert choose(4, 32, 128, True, 132) == Tiling(2, 4)
     assert choose(64, 32, 128, True, 132) == Tiling(1, 4)
     assert choose(1, 32, 128, False, 132) == Tiling(1, 4)

@@ -208,31 +208,23 @@ def test_the_rule_gives_each_program_whole_scales(device):
         launch_all(case, tiles(down_rows=1, together=4), case.norm)
 
 
-@pytest.mark.parametrize(("m", "k", "experts", "size"), [(9, 2, 5, 4), (2, 3, 40, 8), (33, 1, 3, 16)])
-def test_lists_of_picks(m, k, experts, size, device):
-    lists = load("ostinato.kernels.moe.route.triton:_lists_kernel")
-    keys_of = load("ostinato.kernels.moe.route.triton:_key_kernel")
-    padded, rows = max(32, 1 << (experts - 1).bit_length()), 1 << (m - 1).bit_length()
-    logits = torch.randn(m, experts + 1, device=device)
-    keys = torch.empty(m, padded, dtype=torch.int32, device=device)
-    keys_of[(m,)](logits, keys, experts, padded, num_warps=1, PDL=False)
+def test_lists_of_picks(device):
+    sort = load("ostinato.kernels.moe.route.triton:_sort_kernel")
+    m, k, experts, size = 9, 2, 5, 4
+    chosen = torch.stack([torch.randperm(experts)[:k] for _ in range(m)]).int()
+    ids = torch.cat((chosen, torch.full((m, 1), experts, dtype=torch.int32)), 1).to(device)
     number = min(experts, m * k) + m * k // size
-    weights = torch.full((m, k + 1), torch.nan, device=device)
     order = torch.full((m * k,), -1, dtype=torch.int32, device=device)
     blocks = torch.full((number, 4), -7, dtype=torch.int32, device=device)
-    places = torch.empty(padded, dtype=torch.int32, device=device)
-    lists[(1,)](
-        keys, logits, weights, order, places, blocks, m, experts, number, padded, k, k + 1, rows, 32, True, True, True,
-        size, -(-m // size), num_warps=min(8, rows), PDL=False,
-    )  # fmt: skip
-    best, ids = logits[:, :experts].topk(k, dim=1)
-    torch.testing.assert_close(weights[:, :k], best.softmax(1), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(weights[:, k], logits[:, experts].sigmoid(), rtol=1e-5, atol=1e-7)
+    places = torch.empty(32, dtype=torch.int32, device=device)
+    sort[(1,)](
+        ids, order, places, blocks, m, experts, number, 32, k, k + 1, 32, size, -(-m // size), num_warps=1, PDL=False
+    )
     seen = []
     for expert, first, stop, _ in blocks.tolist():
         assert 0 <= stop - first <= size
         for row in order[first:stop].tolist():
-            assert int(ids[row // (k + 1), row % (k + 1)]) == expert
+            assert int(ids.flatten()[row]) == expert
             seen.append(row)
     assert sorted(seen) == [t * (k + 1) + j for t in range(m) for j in range(k)]
 

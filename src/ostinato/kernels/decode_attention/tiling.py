@@ -44,9 +44,11 @@ def _wide(programs: int, dim: int, max_length: int, multiprocessors: int, elemen
     FP8 needs its warps to unpack it. One program more than fit would cost a second round.
     """
     fp8 = element_size == 1
-    block = max(16, min(64, (32 if fp8 else 16) * 1024 // (element_size << (dim - 1).bit_length())))
-    tiles = -(-max_length // block)
-    if tiles <= 128 and programs * tiles <= 2 * multiprocessors:
-        return Tiling(block, tiles, 4 if fp8 else 8, 1)
-    splits = max(1, min(tiles, 2 * multiprocessors // programs, 128))
+    whole = max(16, min(64, (32 << 10) // (element_size << (dim - 1).bit_length())))
+    block = whole if fp8 else max(16, whole // 2)
+    for size, warps in ((block, 4 if fp8 else 8), (whole, 4)):
+        tiles = -(-max_length // size)
+        if tiles <= 128 and programs * tiles <= 2 * multiprocessors:
+            return Tiling(size, tiles, warps, 1)
+    splits = max(1, min(-(-max_length // block), 2 * multiprocessors // programs, 128))
     return Tiling(block, splits, 4, 3 if fp8 and splits < 128 else 2)

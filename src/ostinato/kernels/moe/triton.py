@@ -1,4 +1,4 @@
-"""Launching a mixture of experts: three kernels for one token, five for up to 64, grouped products for more."""
+"""Launching a mixture of experts: three kernels for one token, six for up to 64, grouped products for more."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ostinato.kernels.moe.experts.triton import (
 )
 from ostinato.kernels.moe.lists.triton import _down_mma_kernel, _gate_up_mma_kernel
 from ostinato.kernels.moe.ref import HANDED, Stack, moe_block_dense, stack_of
-from ostinato.kernels.moe.route.triton import _choose_kernel, _key_kernel, _lists_kernel, _router_kernel
+from ostinato.kernels.moe.route.triton import _choose_kernel, _key_kernel, _router_kernel, _sort_kernel
 from ostinato.kernels.rms_norm import rms_norm
 from ostinato.quant.blocks import KINDS, BlockWeight
 
 MAX_ROWS = 64  # more are products on the tensor cores
 INTEGER = ("I4_128", "I4_128")  # kinds whose lists are products on integer tensor cores
-COARSE = ("I4_64", "I4_128")
+COARSE = ("I4_64", "I4_128")  # kinds of few scales
 MIN_INTEGER = 8  # rows from which the rule takes them; fewer do not fill the GPU with programs of 128 columns
 MAX_COLUMNS = 8192  # a program holds whole rows of a weight in registers
 
@@ -178,17 +178,21 @@ def moe_block(
             HANDED if next_norm is not None else 0, num_warps=t.down_warps, **options,
         )  # fmt: skip
         return out, *handed
+    ids = torch.empty((tokens, picks), dtype=torch.int32, device=device)
     weights = torch.empty((tokens, picks), dtype=torch.float32, device=device)
+    _choose_kernel[(tokens,)](
+        keys, logits, ids, weights, num_experts, padded, top_k, normalize, has_shared, shared_gate is not None,
+        num_warps=1, **options,
+    )  # fmt: skip
     routed = tokens * top_k
     num_shared = triton.cdiv(tokens, t.tokens) if has_shared else 0
     num_blocks = min(num_experts, routed) + routed // t.tokens
     order = torch.empty(routed, dtype=torch.int32, device=device)
     blocks = torch.empty((num_blocks, 4), dtype=torch.int32, device=device)
-    rows = triton.next_power_of_2(tokens)
-    _lists_kernel[(1,)](
-        keys, logits, weights, order, torch.empty_like(keys[0]), blocks, tokens, num_experts, num_blocks,
-        padded, top_k, picks, rows, max(32, triton.next_power_of_2(picks)), normalize, has_shared,
-        shared_gate is not None, t.tokens, triton.cdiv(tokens, t.tokens), num_warps=min(16, rows), **options,
+    _sort_kernel[(1,)](
+        ids, order, torch.empty_like(keys[0]), blocks, tokens, num_experts, num_blocks,
+        padded, top_k, picks, triton.next_power_of_2(routed), t.tokens, triton.cdiv(tokens, t.tokens),
+        num_warps=max(1, min(8, padded // 32)), **options,
     )  # fmt: skip
     limit = _limit(t.registers)
     parts = torch.empty((tokens * picks, hidden), dtype=torch.float32, device=device)

@@ -249,59 +249,29 @@ def _choose_kernel(
 
 
 @triton.jit
-def _lists_kernel(
-    keys, logits, weights, order, next_place, blocks, M, E, NUM_BLOCKS, EP: tl.constexpr, TOP_K: tl.constexpr,
-    PICKS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr,
-    GATED: tl.constexpr, TOKENS: tl.constexpr, MAX_BLOCKS: tl.constexpr, PDL: tl.constexpr,
+def _sort_kernel(
+    ids, order, next_place, blocks, M, E, NUM_BLOCKS, EP: tl.constexpr, TOP_K: tl.constexpr, PICKS: tl.constexpr,
+    PADDED: tl.constexpr, TOKENS: tl.constexpr, MAX_BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Choose the experts of all tokens and list the routed picks by expert, in one program.
+    """Lists of the routed picks by expert, in one program.
 
-    keys: [M, EP]. logits: [M, E + 1]. weights: float32 [M, PICKS], by which a pick counts. order [M * TOP_K]: rows of
-    weights (token * PICKS + number) by expert; those of one expert in any order, which no result depends on. blocks
-    [NUM_BLOCKS, 4]: expert, first and stop in order, of at most TOKENS picks; first = stop = 0 in those that are not in
-    use. next_place: [EP], scratch. ROWS, SLOTS: powers of two from M and PICKS on, the latter of whole warps.
+    ids: [M, PICKS]. order [M * TOP_K]: rows of ids (token * PICKS + number) by expert; those of one expert in any
+    order, which no result depends on. blocks [NUM_BLOCKS, 4]: expert, first and stop in order, of at most TOKENS
+    picks; first = stop = 0 in those that are not in use. next_place: [EP], scratch.
     """
     trigger(PDL)
-    row = tl.arange(0, ROWS)[None, :, None]
-    token = tl.minimum(row, M - 1)  # rows beyond repeat the last token, and are not stored
-    lane = tl.arange(0, 32)[None, None, :]
-    slot = tl.arange(0, SLOTS)[None, None, :]
     wait(PDL)
-    # A warp has whole tokens, so that their choice needs no exchange between warps.
-    left = load_fresh(keys + token * EP + tl.arange(0, EP // 32)[:, None, None] * 32 + lane)
-    chosen = slot * 0 + token * 0
-    for i in tl.static_range(TOP_K):
-        key = largest(left)
-        left = without(left, key)
-        expert = tl.minimum(EP - 1 - (key & (EP - 1)), E - 1)  # NaNs among the logits lead to some expert
-        chosen = tl.where(slot == i, expert[None, :, None], chosen)
-    routed = (slot < TOP_K) & (row < M)
-    value = load_fresh(logits + token * (E + 1) + chosen)
-    first = tl.max(tl.where(slot == 0, value, -float("inf")), 2)[:, :, None]
-    weight = tl.where(slot < TOP_K, tl.exp(value - first), 0.0)
-    if NORMALIZE:
-        weight /= tl.sum(weight, 2)[:, :, None]
-    else:
-        e = tl.arange(0, EP)[None, None, :]
-        every = load_fresh(logits + token * (E + 1) + tl.minimum(e, E - 1))
-        weight /= tl.sum(tl.where(e < E, tl.exp(every - first), 0.0), 2)[:, :, None]
-    if SHARED:
-        of_shared = 1.0
-        if GATED:
-            of_shared = tl.sigmoid(tl.maximum(load_fresh(logits + token * (E + 1) + E), -80.0))
-        weight = tl.where(slot == TOP_K, of_shared, weight)
-    tl.store(weights + token * PICKS + slot, weight, mask=(slot < PICKS) & (row < M))
-
     e = tl.arange(0, EP)
-    inside = tl.reshape(routed, (ROWS * SLOTS,))
-    chosen = tl.reshape(chosen, (ROWS * SLOTS,))
-    pick = tl.arange(0, ROWS * SLOTS)
+    pick = tl.arange(0, PADDED)
+    row = pick // TOP_K * PICKS + pick % TOP_K
+    inside = pick < M * TOP_K
+    chosen = tl.load(ids + row, mask=inside, other=0)
     count = tl.histogram(chosen, EP, mask=inside)
     start = tl.cumsum(count, 0) - count
     tl.store(next_place + e, start)
     tl.debug_barrier()
     place = tl.atomic_add(next_place + chosen, 1, mask=inside, sem="relaxed")
-    tl.store(order + place, pick // SLOTS * PICKS + pick % SLOTS, mask=inside)
+    tl.store(order + place, row, mask=inside)
     number = (count + TOKENS - 1) // TOKENS
     at = tl.cumsum(number, 0) - number
     for part in range(MAX_BLOCKS):
