@@ -114,11 +114,13 @@ def decode_cases(rows: int, tilings: list[Tiling | None]) -> Iterator[Case]:
 
             def call(i: int, tiling: Tiling | None = tiling, defer: bool = defer) -> object:
                 given = x | layers[i % len(layers)]
-                return delta_decode(**given, **HEADS, defer_norm=defer, prefetch=True, tiling=tiling)
+                return delta_decode(**given, **HEADS, defer_norm=defer, eights=False, prefetch=True, tiling=tiling)
 
             def error(tiling: Tiling | None = tiling, defer: bool = defer) -> float:
                 ours, theirs = copied(x | layers[0]), copied(x | layers[0])
-                y, _, scale = delta_decode(**ours, **HEADS, defer_norm=defer, prefetch=False, tiling=tiling)
+                y, _, scale = delta_decode(
+                    **ours, **HEADS, defer_norm=defer, eights=False, prefetch=False, tiling=tiling
+                )
                 expected, _, true_scale = delta_decode_ref(**theirs, **HEADS, defer_norm=defer)
                 if defer:
                     y, expected = (a.view(*s.shape, 32) * s[..., None] for a, s in ((y, scale), (expected, true_scale)))

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ostinato.kernels.block_linear import prefers_int8
+from ostinato.kernels.block_linear import prefers_eights, prefers_int8
+from ostinato.kernels.block_linear.eights import SPAN
 from ostinato.kernels.delta import delta_decode, delta_prefill
 from ostinato.kv.recurrent import RecurrentState
 from ostinato.layers.batch import Batch
-from ostinato.layers.linear import Linear, Norm, RoundedRow, weight_bytes
+from ostinato.layers.linear import Linear, Norm, RoundedEights, RoundedRow, weight_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class DeltaNet:
 
     def rule(
         self, qkvz: torch.Tensor, h: torch.Tensor, batch: Batch, state: RecurrentState
-    ) -> torch.Tensor | RoundedRow:
+    ) -> torch.Tensor | RoundedRow | RoundedEights:
         """Convolution, gates, delta rule and gated norm; advances the states. What the output product reads."""
         weights = (
             self.norm.weight,
@@ -82,8 +83,9 @@ class DeltaNet:
         # Few rows do not fill a GPU: several programs share a head, so its norm is left to the next product, and they
         # round what that would have to round in each of its programs, or in a kernel before them.
         weight, rows = self.out.block_weight, h.shape[0]
-        whole = self.gate_norm.weight.shape[0] % 32 == 0
+        whole = self._head_dim % 32 == 0
         defer = h.is_cuda and whole and weight is not None and (rows == 1 or prefers_int8(weight, rows))
+        eights = not defer and weight is not None and self._head_dim == SPAN and prefers_eights(weight, rows)
         y, squares, scale = delta_decode(
             qkvz,
             h,
@@ -94,16 +96,25 @@ class DeltaNet:
             num_v_heads=self.num_v_heads,
             tiled=self.tiled,
             defer_norm=defer,
+            eights=eights,
             # The embedding starts a step with a full dependency, and states advance in this kernel alone.
             prefetch=True,
         )
+        if eights:
+            return RoundedEights(y, scale, rows)
         return RoundedRow(y, scale, squares, self.gate_norm.eps) if defer else y
 
-    def output(self, result: torch.Tensor | RoundedRow, h: torch.Tensor) -> torch.Tensor:
+    def output(self, result: torch.Tensor | RoundedRow | RoundedEights, h: torch.Tensor) -> torch.Tensor:
         """The output product of what ``rule`` returned, added to h."""
         if isinstance(result, RoundedRow):
             return self.out.of_rounded(result, residual=h)
+        if isinstance(result, RoundedEights):
+            return self.out.of_eights(result, residual=h)
         return self.out(result, residual=h)
+
+    @property
+    def _head_dim(self) -> int:
+        return self.gate_norm.weight.shape[0]
 
     @property
     def num_bytes(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ostinato.kernels.block_linear import block_linear, int8_linear
+from ostinato.kernels.block_linear import block_linear, eights_linear, int8_linear
 from ostinato.kernels.dense_linear import dense_linear
 from ostinato.kernels.gated import gated_activation
 from ostinato.kernels.rms_norm import rms_norm
@@ -36,6 +36,15 @@ class RoundedRow:
     scale: torch.Tensor
     squares: torch.Tensor | None
     eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedEights:
+    """``RoundedRow`` for several rows, by eight. x, factors: as ``eights_linear`` takes them. rows: how many."""
+
+    x: torch.Tensor
+    factors: torch.Tensor
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -182,6 +191,12 @@ class Linear:
         return int8_linear(
             row.x, row.scale, weight, squares=row.squares, eps=row.eps, residual=residual, out_dtype=out_dtype
         )
+
+    def of_eights(self, rows: RoundedEights, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """``of_rounded`` for rows by eight: float32 [M, N]."""
+        weight = self.block_weight
+        assert weight is not None, "rows are rounded for one matrix of blocks alone"
+        return eights_linear(rows.x, rows.factors, weight, rows=rows.rows, residual=residual)
 
     @property
     def block_weight(self) -> BlockWeight | None:

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref
+from ostinato.errors import KernelError
+from ostinato.kernels.block_linear import eights_linear, prefers_eights
+from ostinato.kernels.block_linear.eights import by_eights, from_eights
+from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref, eights_linear_ref
 from ostinato.kernels.registry import load
 from ostinato.kernels.tuning import Tiles
 from ostinato.quant.blocks import KINDS, dequantize
@@ -106,3 +109,47 @@ def test_every_output_is_written_and_nothing_else(device, monkeypatch):
     monkeypatch.undo()
     assert made
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 13])
+def test_rows_by_eight_come_back(rows):
+    x = torch.randint(-127, 128, (rows, 384), dtype=torch.int8)
+    scale = torch.rand(rows, 3)
+    by_eight, factors = by_eights(x, scale)
+    assert by_eight.shape == (-(-rows // 8), 3, 1024)
+    plain, back = from_eights(by_eight, factors, rows)
+    assert torch.equal(plain, x)
+    assert torch.equal(back, scale)
+    assert torch.equal(factors[0, 1, 0, 1], x[0, 128:256].sum().float())
+
+
+@pytest.mark.parametrize("tiles", [None, *TILES.values()], ids=["rule", *TILES])
+@pytest.mark.parametrize("rows", [1, 8, 13])
+def test_rows_that_are_rounded_by_eight_already(rows, tiles, device):
+    weight = random_weight("I4_128", 19, 384, device)
+    x = torch.randint(-127, 128, (rows, 384), dtype=torch.int8)
+    given = [t.to(device) for t in by_eights(x, torch.rand(rows, 3) * 0.02)]
+    residual = torch.randn(rows, 19, device=device)
+    kernel = load("ostinato.kernels.block_linear.triton:eights_linear")
+    found = kernel(*given, weight.words, weight.d, weight.m, "I4_128", rows, residual, tiles)
+    expected = eights_linear_ref(*given, weight, rows, residual)
+    # Float32 sums of scaled spans in another order, as above.
+    wide = (x.to(device).abs().float() * 0.02) @ dequantize(weight).abs().T
+    torch.testing.assert_close(found, expected, rtol=0, atol=(384 / 32 + 16) * 2.0**-22 * float(wide.max()) + 1e-6)
+
+
+def test_rows_by_eight_that_do_not_fit_are_refused():
+    cpu = torch.device("cpu")
+    weight = random_weight("I4_128", 6, 256, cpu)
+    x, factors = by_eights(torch.ones(3, 256, dtype=torch.int8), torch.ones(3, 2))
+    assert eights_linear(x, factors, weight, rows=3).shape == (3, 6)
+    for change, said in (
+        ({"weight": random_weight("I4_64", 6, 256, cpu)}, "in groups of 128, got I4_64"),
+        ({"rows": 9}, r"x \[2, 2, 1024\]"),
+        ({"factors": factors.half()}, "float16"),
+        ({"residual": torch.zeros(2, 6)}, r"residual \[3, 6\]"),
+    ):
+        with pytest.raises(KernelError, match=said) as caught:
+            eights_linear(**{"x": x, "factors": factors, "weight": weight, "rows": 3, **change})
+        assert "\n" not in str(caught.value)
+    assert not prefers_eights(weight, 8)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ostinato.errors import KernelError
+from ostinato.kernels.block_linear.eights import from_eights
 from ostinato.kernels.delta.decode.triton import Tiling, choose
 from ostinato.kernels.delta.decode.triton import delta_decode as launch
 from ostinato.kernels.delta.ref import delta_decode_ref
@@ -31,7 +32,7 @@ def compare(
     """Run both on copies of ``given`` and compare results and states; NaN stays where it was."""
     expected, got = copied(given), copied(given, device)
     runs = torch.ones_like(given["slots"]) if active is None else active
-    flags = {"tiled": tiled, "defer_norm": defer_norm}
+    flags = {"tiled": tiled, "defer_norm": defer_norm, "eights": False}
     y_ref, squares_ref, scale_ref = delta_decode_ref(**expected, active=active, **flags)
     y, squares, scale = launch(
         **got, active=None if active is None else active.to(device), **flags, prefetch=prefetch, tiling=tiling
@@ -99,6 +100,24 @@ def test_hidden_sizes_that_are_no_multiple_of_four_are_refused(device: torch.dev
     given = with_past(arguments(1, hidden=26), [0])
     with pytest.raises(KernelError, match="multiple of 4, got 26"):
         compare(given, device)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_heads_rounded_by_eight_rows(rows: int, device: torch.device) -> None:
+    """A head of 128 columns has one scale; rows beyond the last are zeros."""
+    given = with_past(arguments(rows, value_dim=128, num_slots=9), [5, 0, 1, 2, 3, 4, 6, 7, 8][:rows])
+    got = copied(given, device)
+    y_ref, _, factors_ref = delta_decode_ref(**copied(given), active=None, tiled=False, defer_norm=False, eights=True)
+    flags = {"active": None, "tiled": False, "defer_norm": False, "eights": True, "prefetch": False}
+    y, squares, factors = launch(**got, **flags)
+    assert squares.numel() == 0
+    assert y.shape == y_ref.shape
+    # values that differ in their last bits may round to neighbours, which changes their sum too
+    assert (y.cpu().int() - y_ref.int()).abs().max() <= 1
+    assert (y.cpu() != y_ref).float().mean() < 0.01
+    assert distance(factors.cpu()[..., 0], factors_ref[..., 0]) < FLOAT32
+    assert torch.equal(factors.cpu()[..., 1], from_eights(y.cpu(), factors_ref, 8 * len(y))[0].float().view(
+        len(y), 8, -1, 128).sum(3).transpose(1, 2))  # fmt: skip
 
 
 def test_parts_fill_the_gpu_and_no_more() -> None:

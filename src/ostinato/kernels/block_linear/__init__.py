@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from ostinato.errors import KernelError
-from ostinato.kernels.block_linear.ref import block_linear_ref, default_dtype, int8_linear_ref
+from ostinato.kernels.block_linear.eights import SPAN
+from ostinato.kernels.block_linear.ref import block_linear_ref, default_dtype, eights_linear_ref, int8_linear_ref
 from ostinato.kernels.gated import GATES
 from ostinato.kernels.registry import load, register
 from ostinato.quant.blocks import BlockWeight
 
-__all__ = ["block_linear", "check_linear", "int8_linear", "prefers_int8"]
+__all__ = ["block_linear", "check_linear", "eights_linear", "int8_linear", "prefers_eights", "prefers_int8"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -103,6 +104,55 @@ def int8_linear(
         return int8_linear_ref(x, scale, weight, squares, eps, residual, out_dtype)
     result: torch.Tensor = _int8_linear(x, scale, *weight.operands, squares, eps, residual, out_dtype)
     return result
+
+
+def eights_linear(
+    x: torch.Tensor, factors: torch.Tensor, weight: BlockWeight, *, rows: int, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """residual + x̂ Wᵀ for ``rows`` rows that their maker has rounded to int8 by eight: float32 [rows, N].
+
+    x: int8 [⌈rows / 8⌉, K / 128, 1024]. factors: float32 [⌈rows / 8⌉, K / 128, 8, 2]; see
+    ``ostinato.kernels.block_linear.eights``. weight: of a kind with a scale for 128 columns and nothing below it.
+    residual: float32 [rows, N]. Raises KernelError.
+    """
+    n, k = weight.shape
+    if weight.kind.group != SPAN or weight.kind.bits != 4:
+        raise KernelError(f"eights_linear takes four-bit weights in groups of {SPAN}, got {weight.kind.name}")
+    shape = ((rows + 7) // 8, k // SPAN)
+    for name, tensor, wanted, dtype in (
+        ("x", x, (*shape, 8 * SPAN), torch.int8),
+        ("factors", factors, (*shape, 8, 2), torch.float32),
+        ("residual", residual, (rows, n), torch.float32),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != wanted or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise KernelError(
+                f"eights_linear takes contiguous {name} {list(wanted)} of {dtype}, got {list(tensor.shape)}"
+                f" {tensor.dtype}"
+            )
+        if tensor.device != weight.device:
+            raise KernelError(
+                f"eights_linear: {name} is on {tensor.device} and weight on {weight.device}: move them to one device"
+            )
+    if x.device.type == "cpu":
+        return eights_linear_ref(x, factors, weight, rows, residual)
+    result: torch.Tensor = _eights_linear(
+        x, factors, weight.words, weight.d, weight.m, weight.kind.name, rows, residual
+    )
+    return result
+
+
+def prefers_eights(weight: BlockWeight, rows: int) -> bool:
+    """Whether a maker of x [rows, K] that can round it by eight should, and leave the product to ``eights_linear``.
+
+    So where ``block_linear`` would round it so by a kernel of its own.
+    """
+    if weight.device.type != "cuda" or weight.kind.group != SPAN or weight.kind.bits != 4:
+        return False
+    n, k = weight.shape
+    choose = load("ostinato.kernels.block_linear.triton:choose")
+    return bool(choose(weight.kind.name, n, k, rows, False, weight.device).path == "wide")
 
 
 def prefers_int8(weight: BlockWeight, rows: int) -> bool:
@@ -240,4 +290,27 @@ _int8_linear = register(
     reference=_int8_linear_cpu,
     kernel="ostinato.kernels.block_linear.triton:int8_linear",
     fake=lambda x, scale, words, *rest: x.new_empty((x.shape[0], words.shape[0]), dtype=rest[-1]),
+)
+
+
+def _eights_linear_cpu(
+    x: torch.Tensor,
+    factors: torch.Tensor,
+    words: torch.Tensor,
+    d: torch.Tensor,
+    m: torch.Tensor | None,
+    kind: str,
+    rows: int,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    weight = BlockWeight.of(x.shape[1] * SPAN, words, d, None, m, None, None, kind)
+    return eights_linear_ref(x, factors, weight, rows, residual)
+
+
+_eights_linear = register(
+    "eights_linear(Tensor x, Tensor factors, Tensor words, Tensor d, Tensor? m, str kind, int rows, Tensor? residual)"
+    " -> Tensor",
+    reference=_eights_linear_cpu,
+    kernel="ostinato.kernels.block_linear.triton:eights_linear",
+    fake=lambda x, factors, words, d, m, kind, rows, residual: factors.new_empty((rows, words.shape[0])),
 )

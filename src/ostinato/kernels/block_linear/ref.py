@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ostinato.kernels.block_linear.eights import from_eights
 from ostinato.kernels.gated.ref import gated_activation_ref
 from ostinato.kernels.rms_norm.ref import GROUP, quantize_rows_ref, rms_norm_ref
 from ostinato.quant.blocks import BlockWeight, dequantize
@@ -65,6 +66,14 @@ def int8_linear_ref(
         norm = torch.rsqrt(squares.sum(dim=2) / (x.shape[1] // heads) + eps)
         wide = (wide.view(x.shape[0], heads, -1) * norm[:, :, None]).view(x.shape)
     return block_linear_ref(wide, weight, residual=residual, out_dtype=out_dtype)
+
+
+def eights_linear_ref(
+    x: torch.Tensor, factors: torch.Tensor, weight: BlockWeight, rows: int, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """What ``eights_linear`` means."""
+    plain, scale = from_eights(x, factors, rows)
+    return int8_linear_ref(plain, scale, weight, None, 0.0, residual, torch.float32)
 
 
 def default_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:

@@ -224,7 +224,7 @@ def _wide(
 ) -> None:
     """Launch the kernels of ``wide``. tiles.rows: a multiple of 16; tokens: of 8; groups: spans of a warp at a time."""
     assert takes_wide(kind), f"{kind.name} has no wide product"
-    (tokens, k), n = x.shape, out.shape[1]
+    tokens, k = x.shape
     span = kind.group
     eights = triton.cdiv(tokens, 8)
     rounded = torch.empty((eights, k // span, span * 2), dtype=torch.int32, device=x.device)
@@ -235,15 +235,57 @@ def _wide(
         rounded.view(torch.int8), factors, tokens, k, span, spans, norm is not None,
         num_warps=row_warps(spans * span), **options,
     )  # fmt: skip
+    _multiply_eights(rounded, factors, words, high, d, m, bias, residual, out, kind, gated, tiles)
+
+
+def _multiply_eights(
+    rounded: torch.Tensor,
+    factors: torch.Tensor,
+    words: torch.Tensor,
+    high: torch.Tensor | None,
+    d: torch.Tensor,
+    m: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    kind: BlockKind,
+    gated: str | None,
+    tiles: Tiles,
+) -> None:
+    """Launch ``_wide_kernel`` for rows of int8 by eight (int32 words) and their factors."""
+    tokens, n = out.shape
+    span = kind.group
     grid = (triton.cdiv(n, tiles.rows), triton.cdiv(tokens, tiles.tokens))
     scales = d.view(torch.int16)
     _wide_kernel[grid](
         rounded, factors.view(torch.int32), words, high if high is not None else words, scales,
         m.view(torch.int16) if m is not None else scales, bias if bias is not None else d,
-        residual if residual is not None else out, out, tokens, n, k, kind.bits, span, kind.offset, kind.min_sign,
-        tiles.rows // 16, tiles.tokens // 8, tiles.groups, tiles.warps, bias is not None, residual is not None, gated,
-        num_warps=tiles.warps, **options,
+        residual if residual is not None else out, out, tokens, n, rounded.shape[1] * span, kind.bits, span,
+        kind.offset, kind.min_sign, tiles.rows // 16, tiles.tokens // 8, tiles.groups, tiles.warps, bias is not None,
+        residual is not None, gated, num_warps=tiles.warps, **launch_options(out.device),
     )  # fmt: skip
+
+
+def eights_linear(
+    x: torch.Tensor,
+    factors: torch.Tensor,
+    words: torch.Tensor,
+    d: torch.Tensor,
+    m: torch.Tensor | None,
+    kind: str,
+    rows: int,
+    residual: torch.Tensor | None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Launch ``_wide_kernel``; arguments as the op's, and ``tiles`` in place of the table's."""
+    n, k = words.shape[0], x.shape[1] * KINDS[kind].group
+    out = torch.empty((rows, n), dtype=torch.float32, device=x.device)
+    if tiles is None:
+        tiles = choose(kind, n, k, rows, False, x.device)
+    if tiles.path != "wide":
+        tiles = wide_tiles(n, x.shape[1], rows, False)
+    _multiply_eights(x.view(torch.int32), factors, words, None, d, m, None, residual, out, KINDS[kind], None, tiles)
+    return out
 
 
 def _gemm(

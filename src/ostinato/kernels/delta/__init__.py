@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ostinato.errors import KernelError
+from ostinato.kernels.block_linear.eights import SPAN
 from ostinato.kernels.delta.ref import PARTS, delta_decode_ref, delta_prefill_ref
 from ostinato.kernels.registry import register
 
@@ -36,6 +37,7 @@ def delta_decode(
     num_v_heads: int,
     tiled: bool = False,
     defer_norm: bool = False,
+    eights: bool = False,
     prefetch: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One token of each row's slot, in one kernel; conv_state, state and pending are written in place at ``slots``.
@@ -58,6 +60,8 @@ def delta_decode(
     With ``defer_norm`` (Dv a multiple of 32) several programs may share a head: y is o * gate_norm * silu(z) as int8
     with scale float32 [M, Hv Dv / 32], and squares float32 [M, Hv, 4] has parts of the sum of o² of a head, as
     ``int8_linear`` takes them, which multiplies by rsqrt(squares.sum(-1) / Dv + eps).
+    With ``eights`` (Dv = 128, no ``defer_norm``) y is int8 by eight rows with its factors in place of scale, as
+    ``eights_linear`` takes them.
     prefetch: a promise that no kernel has read or written the states, or written slots, positions or active, since the
     last full dependency of the stream (the start of a step); the kernel then reads them all and writes ``state`` while
     the one before it still runs.
@@ -69,9 +73,11 @@ def delta_decode(
     )  # fmt: skip
     if defer_norm and state.shape[3] % 32:
         raise KernelError(f"delta_decode defers the norm of value heads of a multiple of 32, got {state.shape[3]}")
+    if eights and (state.shape[3] != SPAN or defer_norm):
+        raise KernelError(f"delta_decode rounds whole value heads of {SPAN} by eight rows, got {state.shape[3]}")
     values = (
         qkvz, h, norm, norm_eps, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, eps, conv_state, state,
-        pending, slots, positions, active, num_k_heads, num_v_heads, tiled, defer_norm,
+        pending, slots, positions, active, num_k_heads, num_v_heads, tiled, defer_norm, eights,
     )  # fmt: skip
     if qkvz.device.type == "cpu":
         return delta_decode_ref(*values)
@@ -189,10 +195,14 @@ def _decode_cpu(*values: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 def _decode_fake(qkvz: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    state, num_v_heads, defer_norm = rest[10], rest[16], rest[18]
+    state, num_v_heads, defer_norm, eights = rest[10], rest[16], rest[18], rest[19]
     assert isinstance(state, torch.Tensor)
     assert isinstance(num_v_heads, int)
     rows, columns = qkvz.shape[0], num_v_heads * state.shape[3]
+    if eights:
+        shape = ((rows + 7) // 8, num_v_heads)
+        factors = qkvz.new_empty((*shape, 8, 2), dtype=torch.float32)
+        return qkvz.new_empty((*shape, 8 * SPAN), dtype=torch.int8), factors.new_empty(0), factors
     y = qkvz.new_empty((rows, columns), dtype=torch.int8 if defer_norm else qkvz.dtype)
     squares = qkvz.new_empty((rows, num_v_heads, PARTS) if defer_norm else (0,), dtype=torch.float32)
     return y, squares, qkvz.new_empty((rows, columns // 32) if defer_norm else (0,), dtype=torch.float32)
@@ -211,7 +221,7 @@ _ARGUMENTS = (
 )
 _delta_decode = register(
     f"delta_decode({_ARGUMENTS}, Tensor? active, int num_k_heads, int num_v_heads, bool tiled, bool defer_norm,"
-    " bool prefetch) -> (Tensor, Tensor, Tensor)",
+    " bool eights, bool prefetch) -> (Tensor, Tensor, Tensor)",
     reference=_decode_cpu,
     kernel="ostinato.kernels.delta.decode.triton:delta_decode",
     fake=_decode_fake,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ostinato.errors import KernelError
+from ostinato.kernels.block_linear.eights import SPAN
 from ostinato.kernels.delta.ref import L2_EPS, PARTS
 from ostinato.kernels.launch import launch_options, num_multiprocessors
 from ostinato.kernels.triton import INTERPRETED, load_floats, trigger, wait
@@ -145,6 +146,7 @@ def _delta_decode_kernel(
     SHARERS: tl.constexpr,
     TILED: tl.constexpr,
     DEFER: tl.constexpr,
+    EIGHTS: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     PREFETCH: tl.constexpr,
     L2_EPS: tl.constexpr,
@@ -265,7 +267,19 @@ def _delta_decode_kernel(
         tl.store(squares + (row * HV + head) * SLOTS_OF_SQUARES + part * OWN + own, total)
     else:
         gated *= tl.rsqrt(tl.sum(o * o, 0) / DV + eps)
-        tl.store(y_at, gated.to(y.dtype.element_ty), mask=in_v)
+        if EIGHTS:
+            largest = tl.max(tl.abs(gated), 0)
+            rounded = (gated * (127.0 / tl.maximum(largest, 1e-30)) + 12582912.0).to(tl.int32, bitcast=True)
+            rounded = (rounded << 24) >> 24
+            c = tl.arange(0, BV)
+            block = row // 8 * HV + head
+            at = c // 16 % 2 * (BV * 4) + row % 8 * (BV // 2) + c // 32 * 16 + c % 16
+            tl.store(y + block * (BV * 8) + at, rounded.to(tl.int8))
+            factor = scale_of_y + block * 16 + row % 8 * 2
+            tl.store(factor, largest * (1.0 / 127.0))
+            tl.store(factor + 1, tl.sum(rounded, 0).to(tl.float32))
+        else:
+            tl.store(y_at, gated.to(y.dtype.element_ty), mask=in_v)
 
 
 @dataclass(frozen=True)
@@ -306,6 +320,7 @@ def delta_decode(
     num_v_heads: int,
     tiled: bool,
     defer_norm: bool,
+    eights: bool,
     prefetch: bool,
     tiling: Tiling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -317,8 +332,15 @@ def delta_decode(
     chosen = tiling or choose(rows, num_v_heads, value_dim, defer_norm, num_multiprocessors(qkvz.device))
     lanes = 32 * chosen.warps
     device, columns = qkvz.device, num_v_heads * value_dim
-    y = torch.empty((rows, columns), dtype=torch.int8 if defer_norm else qkvz.dtype, device=device)
-    scale = torch.empty((rows, columns // 32) if defer_norm else (0,), dtype=torch.float32, device=device)
+    if eights:
+        assert chosen.parts == 1, "a program rounds a whole head"
+        shape = (triton.cdiv(rows, 8), num_v_heads)
+        make = torch.zeros if rows % 8 else torch.empty  # rows beyond the last are zeros
+        y = make((*shape, 8 * SPAN), dtype=torch.int8, device=device)
+        scale = make((*shape, 8, 2), dtype=torch.float32, device=device)
+    else:
+        y = torch.empty((rows, columns), dtype=torch.int8 if defer_norm else qkvz.dtype, device=device)
+        scale = torch.empty((rows, columns // 32) if defer_norm else (0,), dtype=torch.float32, device=device)
     squares = torch.empty((rows, num_v_heads, PARTS) if defer_norm else (0,), dtype=torch.float32, device=device)
     _delta_decode_kernel[(num_v_heads * chosen.parts, rows)](
         qkvz,
@@ -354,6 +376,7 @@ def delta_decode(
         SHARERS=chosen.parts,
         TILED=tiled,
         DEFER=defer_norm,
+        EIGHTS=eights,
         HAS_ACTIVE=active is not None,
         PREFETCH=prefetch,
         L2_EPS=L2_EPS,
