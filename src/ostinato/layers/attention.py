@@ -122,8 +122,9 @@ class Attention:
     def _rounds(self, h: torch.Tensor) -> bool:
         """Whether a decode step's attention should round its rows for the output product."""
         weight = self.out.block_weight
-        fits = h.is_cuda and weight is not None and self.spec.head_dim % 32 == 0
-        return fits and weight is not None and prefers_int8(weight, h.shape[0])
+        if weight is None or not h.is_cuda or self.spec.head_dim % 32:
+            return False
+        return prefers_int8(weight, h.shape[0])
 
     @property
     def num_bytes(self) -> int:
