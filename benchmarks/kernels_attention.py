@@ -196,33 +196,30 @@ def sample_cases(tune: bool) -> Iterator[Case]:
                 yield Case(f"sample V {vocab} batch {batch} {text}{f' chunk {chunk}' if chunk else ''}", call, 20)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(description: str | None, *groups: Callable[[bool], Iterator[Case]]) -> None:
+    """Measure the cases of all groups that the command line asks for; a group is told whether to tune."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--only", default="")
-    parser.add_argument("--compile", default="")
+    parser.add_argument("--compile", default="", help="I/N: only compile every N-th case from I on")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     results = {}
-    index = 0
-    for cases in (sample_cases, decode_cases, prefill_cases):
-        for case in cases(options.tune):
-            if options.only not in case.name:
-                continue
-            index += 1
-            if options.compile:
-                first, step = (int(part) for part in options.compile.split("/"))
-                if index % step == first:
-                    case.call(0)
-                continue
-            us = median_us(case)
-            results[case.name] = us
-            rates = f"{case.num_bytes / us / 1e3:8.0f} GB/s" if case.num_bytes else ""
-            rates += f"{case.flops / us / 1e6:8.0f} TFLOP/s" if case.flops else ""
-            print(f"{us:9.2f} us {rates}  {case.name}", flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1))
+    wanted = (case for cases in groups for case in cases(options.tune) if options.only in case.name)
+    for index, case in enumerate(wanted):
+        if options.compile:
+            first, step = (int(part) for part in options.compile.split("/"))
+            if index % step == first:
+                case.call(0)
+            continue
+        us = median_us(case)
+        results[case.name] = us
+        rates = f"{case.num_bytes / us / 1e3:8.0f} GB/s" if case.num_bytes else ""
+        rates += f"{case.flops / us / 1e6:8.0f} TFLOP/s" if case.flops else ""
+        print(f"{us:9.2f} us {rates}  {case.name}", flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, sample_cases, decode_cases, prefill_cases)

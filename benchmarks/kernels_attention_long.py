@@ -9,13 +9,10 @@ dependent launch. The calls walk over scattered pages of one large pool, so that
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
-from kernels_attention import CUDA, PAGE, Case, median_us
+from kernels_attention import CUDA, PAGE, Case, run
 
 from ostinato.kernels.decode_attention.triton import Tiling, fused_decode_attention, fused_decode_attention_rounded
 from ostinato.kernels.prefill_attention.triton import prefill_attention
@@ -131,30 +128,5 @@ def cases(tune: bool) -> Iterator[Case]:
                 yield Case(f"rope_append {name} tokens {tokens}", append, 8, 0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--only", default="")
-    parser.add_argument("--compile", default="", help="I/N: only compile every N-th case from I on")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    results = {}
-    for index, case in enumerate(cases(options.tune)):
-        if options.only not in case.name:
-            continue
-        if options.compile:
-            first, step = (int(part) for part in options.compile.split("/"))
-            if index % step == first:
-                case.call(0)
-            continue
-        us = median_us(case)
-        results[case.name] = us
-        rates = f"{case.num_bytes / us / 1e3:8.0f} GB/s" if case.num_bytes else ""
-        rates += f"{case.flops / us / 1e6:8.0f} TFLOP/s" if case.flops else ""
-        print(f"{us:9.2f} us {rates}  {case.name}", flush=True)
-        if options.out:
-            options.out.write_text(json.dumps(results, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, cases)

@@ -66,7 +66,7 @@ def write(name: str, directory: Path) -> None:
     shards = plan_shards(tensors, SHARD_BYTES, "random")
     directory.mkdir(parents=True, exist_ok=True)
     for shard in shards:
-        write_shard(shard, RandomPieces(checkpoint), directory, torch.device("cuda"))  # type: ignore[arg-type]  # pieces are all that it asks for
+        write_shard(shard, RandomPieces(checkpoint), directory, torch.device("cuda"))
     of_all = index(shards)
     if of_all is not None:
         (directory / of_all[0]).write_bytes(of_all[1])

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from ostinato.load.quantizing import PlannedTensor, QuantizingCheckpoint
+from ostinato.load.quantizing import PlannedTensor
 from ostinato.load.safetensors import DTYPES, INDEX, PACKED_METHOD, SINGLE
-from ostinato.quant.blocks import plane_columns
+from ostinato.quant.blocks import BlockWeight, plane_columns
 
 PARTIAL = ".partial"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -107,7 +108,15 @@ def is_complete(shard: Shard, directory: Path) -> bool:
         return file.read(len(shard.header)) == shard.header
 
 
-def write_shard(shard: Shard, source: QuantizingCheckpoint, directory: Path, device: torch.device) -> None:
+class Pieces(Protocol):
+    """Who gives out tensors some rows at a time, with the first row of each piece (``QuantizingCheckpoint`` does)."""
+
+    def packed_pieces(self, name: str, device: torch.device) -> Iterator[tuple[int, BlockWeight]]: ...
+
+    def float_pieces(self, name: str, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]: ...
+
+
+def write_shard(shard: Shard, source: Pieces, directory: Path, device: torch.device) -> None:
     """Quantize the tensors of a file on ``device`` and write it; it has its name when all of it is on the disk.
 
     Raises OSError, as of a full disk, and CheckpointError of a tensor that cannot be quantized.

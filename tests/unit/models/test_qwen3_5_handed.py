@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ostinato.engine.loading import open_checkpoint
+from ostinato.layers.attention import Attention
 from ostinato.layers.batch import Batch
 from ostinato.layers.linear import Linear, Norm, RoundedRow, Target, Weight
 from ostinato.layers.moe import MoE
@@ -114,7 +115,8 @@ def test_who_hands_a_row_on(tmp_path: Path) -> None:
     assert norm_for(first.mlp, second, 2) is None
     assert norm_for(first.mlp, second, decode=False) is None
     assert norm_for(first.mlp, second, is_cuda=False) is None
-    qkv = second.mixer.qkv  # type: ignore[union-attr]  # the second layer is one of attention
+    assert isinstance(second.mixer, Attention)
+    qkv = second.mixer.qkv
     dense = replace(second.mixer, qkv=Linear((torch.zeros(qkv.parts[0].shape),)))
     assert norm_for(first.mlp, replace(second, mixer=dense)) is None
     biased = replace(second.mixer, qkv=Linear(qkv.parts, torch.zeros(qkv.parts[0].shape[0])))
