@@ -8,10 +8,10 @@ taken, a small difference becomes a large one. How large is shown by a second pr
 is moved at random by up to half a step of bfloat16: what enters each product then differs by no more than its rounding.
 ``long_answer_layers.py`` compares each layer by itself, where nothing is amplified.
 
-With ``--dtype float32`` both paths compute in float32 on the dequantized weights. A float32 rounding is 2**-15 of a
-bfloat16 one, so that the logits must agree to a thousandth of their norm however a network amplifies; the second
-prefill then moves the norms by up to a step of float32. --layers: the first N layers of a preset, where float32 weights
-of all would not fit the GPU.
+With ``--dtype float32`` both paths compute in float32 on the dequantized weights. Its roundings are 2**-16 of those of
+bfloat16, and a network that makes 0.3 of the latter makes some 1e-5 of them, so the logits must agree to a thousandth
+of their norm. The second prefill then moves the norms by up to a step of float32. --layers: the first N layers of a
+preset, where float32 weights of all do not fit the GPU.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ def arguments(doc: str | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="auto", help="float32: weights dequantized exactly, all else in float32")
     args = parser.parse_args()
-    if args.model and args.layers:
+    if args.model and args.layers is not None:
         parser.error("--layers cuts a random model short, not a trained one; use it with --random")
+    if args.steps < 2:
+        parser.error(f"--steps {args.steps} decodes nothing after the prompt's token; use at least 2")
     return args
 
 
