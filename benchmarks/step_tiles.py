@@ -163,7 +163,7 @@ def expert_axes(model: Qwen35ForCausalLM, rows: int) -> Iterator[Axis]:
 
 def attention_tilings(room: int) -> list[attention.Tiling]:
     if room > LONG:
-        cuts = ((32, 128, 4, 2), (16, 128, 4, 2), (32, 66, 8, 2), (64, 128, 4, 2))
+        cuts = ((32, 128, 4, 2, 32), (32, 128, 4, 2), (16, 128, 4, 2, 32), (32, 66, 8, 2, 32), (64, 128, 4, 2, 32))
         return [attention.Tiling(*cut) for cut in cuts]
     return [attention.Tiling(block, -(-room // block), warps, 1) for block, warps in product((16, 32, 64), (4, 8))]
 

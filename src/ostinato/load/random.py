@@ -25,14 +25,16 @@ class RandomCheckpoint:
     """Tensors by Hugging Face names: matrices block-quantized but for those that ``ostinato convert`` keeps as well.
 
     Norms pass what they get, routers spread over the experts, gates of a delta rule decay as in fresh models. One
-    ``seed`` always makes the same.
+    ``seed`` always makes the same. num_layers: the model's first layers alone; None for all.
     """
 
-    def __init__(self, name: str, seed: int = 0) -> None:
+    def __init__(self, name: str, seed: int = 0, num_layers: int | None = None) -> None:
         if name not in PRESETS:
             raise ModelNotFoundError(f"--random {name} is not known; known are {', '.join(sorted(PRESETS))}")
         self.preset = PRESETS[name]
         self.config: Mapping[str, Any] = self.preset.config
+        if num_layers is not None:
+            self.config = {**self.config, "num_hidden_layers": num_layers}
         self.seed = seed
         shapes = family_of(Checkpoint("hf", self.config, _Names())).weight_shapes()
         self._tensors = {key: self._info(key, shape) for key, shape in shapes.items()}

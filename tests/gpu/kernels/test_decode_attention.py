@@ -149,6 +149,7 @@ LONG = [
     Tiling(64, 66, 4, 3),
     Tiling(64, 7, 4, 3),
     Tiling(64, 128, 4, 2),
+    Tiling(32, 128, 4, 2, 32),
     Tiling(32, 66, 8, 4),
     Tiling(16, 5, 4, 1),
     None,

@@ -58,20 +58,22 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(("splits", "columns"), [(1, 64), (2, 16), (70, 32)])
 @pytest.mark.parametrize("position", ["random", 0, 16, 44])
 @pytest.mark.parametrize(("scaled", "gated"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_rounds_what_the_reference_attends(
-    case: dict, scaled: bool, gated: bool, position: object, splits: int, device: torch.device
+    case: dict, scaled: bool, gated: bool, position: object, splits: int, columns: int, device: torch.device
 ) -> None:
-    """With one program at work, some or all, and with fewer programs than tiles."""
+    """With one program at work, some or all; with fewer programs than tiles, and so many that two warps join them.
+
+    16 columns are raised to a whole group.
+    """
     given, scales = cases(case, device, scaled, gated)
     if position != "random":
         given["positions"].fill_(position)
     again, again_scales = copied(given), copied(scales)
     expected, _ = fused_decode_attention_ref(*again.values(), 0.2, 0, 0.0, *again_scales.values(), gated)
-    columns = 16 if splits == 2 else 64  # raised to a whole group
     cut = Tiling(16, splits, 4, 1, columns)
     got = kernel(*given.values(), 0.2, 0, 0.0, True, *scales.values(), gated, True, cut)
     # Without FP8: sums of up to 45 products of numbers of size one, some 50 units of 2^-24. With it a key that falls to

@@ -47,6 +47,13 @@ def test_tensors_have_their_shapes_and_a_seed_gives_the_same() -> None:
             assert torch.equal(found, same)
 
 
+def test_fewer_layers_leave_the_pattern_and_the_rest() -> None:
+    whole, part = RandomCheckpoint("qwen3.5-35b-a3b").tensors, RandomCheckpoint("qwen3.5-35b-a3b", num_layers=4).tensors
+    assert set(part) == {name for name in whole if not name.startswith("model.layers.") or int(name.split(".")[2]) < 4}
+    assert all(part[name] == whole[name] for name in part)
+    assert "model.layers.3.self_attn.q_proj.weight" in part
+
+
 def test_zero_centred_norms_pass_what_they_get() -> None:
     checkpoint = RandomCheckpoint(TINY)
     for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):

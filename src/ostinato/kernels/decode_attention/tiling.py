@@ -51,4 +51,5 @@ def _wide(programs: int, dim: int, max_length: int, multiprocessors: int, elemen
         if tiles <= 128 and programs * tiles <= 2 * multiprocessors:
             return Tiling(size, tiles, warps, 1)
     splits = max(1, min(-(-max_length // block), 2 * multiprocessors // programs, 128))
-    return Tiling(block, splits, 4, 3 if fp8 and splits < 128 else 2)
+    # Many partial results are joined by more programs, each of fewer columns.
+    return Tiling(block, splits, 4, 3 if fp8 and splits < 128 else 2, 32 if splits > 64 else 64)

@@ -20,7 +20,7 @@ from ostinato.kernels.triton import trigger, wait
 __all__ = ["Tiling", "choose_tiling", "decode_attention", "fused_decode_attention"]
 
 LOG2_E = 1.4426950408889634
-_CHUNK = 64  # partial results that the second kernel joins at a time
+_CHUNK = 64  # partial results that a warp of the second kernel joins at a time
 
 
 @triton.jit
@@ -390,10 +390,11 @@ def fused_decode_attention(
         **options,
     )
     if rounded or splits > 1:
-        chunk = min(triton.next_power_of_2(splits), _CHUNK)
         columns = min(padded_dim, max(32, tiling.columns) if rounded else tiling.columns)
+        warps = 2 if splits > _CHUNK and columns <= 32 else 1
+        chunk = min(triton.next_power_of_2(splits), warps * _CHUNK)
         _join_kernel[(triton.cdiv(dim, columns), num_heads, batch)](
             out, qkv, partial, stats, positions, scale_of_out, HQ=num_heads, WIDTH=qkv.shape[-1], COLUMNS=columns,
-            CHUNK=chunk, num_warps=1, **cut, **options,
+            CHUNK=chunk, num_warps=warps, **cut, **options,
         )  # fmt: skip
     return out, scale_of_out
