@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from kernels_attention import CUDA, PAGE, Case, run
 
-from ostinato.kernels.decode_attention.triton import Tiling, fused_decode_attention, fused_decode_attention_rounded
+from ostinato.kernels.decode_attention.triton import Tiling, fused_decode_attention
 from ostinato.kernels.prefill_attention.triton import prefill_attention
 from ostinato.kernels.rope.ref import FP8
 from ostinato.kernels.rope.triton import rope_append
@@ -63,12 +63,10 @@ class Pool:
         slots = torch.arange(batch, device=CUDA, dtype=torch.int32)
         qkv = torch.randn(batch, WIDTH, device=CUDA, dtype=torch.bfloat16)
 
-        attend = fused_decode_attention_rounded if rounded else fused_decode_attention
-
         def call(i: int) -> object:
-            return attend(
+            return fused_decode_attention(
                 qkv, self.inv_freq, 1.0, positions, slots, rows[i % calls], self.k, self.v, self.norm, self.norm, 1e-6,
-                HEADS, KV_HEADS, DIM**-0.5, 0, 0.0, True, *self.scales, True, tiling=tiling,
+                HEADS, KV_HEADS, DIM**-0.5, 0, 0.0, True, *self.scales, True, rounded, tiling=tiling,
             )  # fmt: skip
 
         return call

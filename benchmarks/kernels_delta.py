@@ -107,26 +107,24 @@ def decode_cases(rows: int, tilings: list[Tiling | None]) -> Iterator[Case]:
     x["slots"] = torch.arange(rows, device=CUDA, dtype=torch.int32)
     x["positions"] = torch.full((rows,), 500, device=CUDA, dtype=torch.int32)
     x["active"] = torch.ones(rows, device=CUDA, dtype=torch.int32)
-    for defer in (True, False):
+    for form in ("rounded", "plain"):
         for tiling in tilings:
-            if tiling is not None and not defer and tiling.parts > 1:
+            if tiling is not None and form == "plain" and tiling.parts > 1:
                 continue
 
-            def call(i: int, tiling: Tiling | None = tiling, defer: bool = defer) -> object:
+            def call(i: int, tiling: Tiling | None = tiling, form: str = form) -> object:
                 given = x | layers[i % len(layers)]
-                return delta_decode(**given, **HEADS, defer_norm=defer, eights=False, prefetch=True, tiling=tiling)
+                return delta_decode(**given, **HEADS, form=form, prefetch=True, tiling=tiling)
 
-            def error(tiling: Tiling | None = tiling, defer: bool = defer) -> float:
+            def error(tiling: Tiling | None = tiling, form: str = form) -> float:
                 ours, theirs = copied(x | layers[0]), copied(x | layers[0])
-                y, _, scale = delta_decode(
-                    **ours, **HEADS, defer_norm=defer, eights=False, prefetch=False, tiling=tiling
-                )
-                expected, _, true_scale = delta_decode_ref(**theirs, **HEADS, defer_norm=defer)
-                if defer:
+                y, _, scale = delta_decode(**ours, **HEADS, form=form, prefetch=False, tiling=tiling)
+                expected, _, true_scale = delta_decode_ref(**theirs, **HEADS, form=form)
+                if form == "rounded":
                     y, expected = (a.view(*s.shape, 32) * s[..., None] for a, s in ((y, scale), (expected, true_scale)))
                 return max(distance(y, expected), *(distance(ours[n], theirs[n]) for n in ("state", "pending")))
 
-            name = f"decode, {rows} rows{', deferred norm' if defer else ''}, {tiling or 'chosen'}"
+            name = f"decode, {rows} rows{', deferred norm' if form == 'rounded' else ''}, {tiling or 'chosen'}"
             yield Case(name, call, max(30, len(layers)), rows * 2 * STATE_BYTES, error)
 
 

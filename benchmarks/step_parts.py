@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from ostinato.engine.loading import EngineConfig, load_engine
+from ostinato.engine.loading import EngineConfig, Loaded, load_engine
 from ostinato.engine.measure import read_bandwidth
 from ostinato.engine.step import decode_step
 from ostinato.kernels.block_linear import prefers_int8
@@ -31,7 +31,7 @@ from ostinato.models.qwen3_5 import handed_norm
 REPLAYS = 30
 
 
-def graph_us(run: Callable[[], object]) -> float:
+def graph_us(run: Callable[[], object], replays: int = REPLAYS) -> float:
     """Microseconds of a graph of ``run``, median over replays."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -41,14 +41,26 @@ def graph_us(run: Callable[[], object]) -> float:
     with torch.cuda.graph(graph, stream=stream):
         run()
     times = []
-    for _ in range(REPLAYS):
+    for _ in range(replays):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         stop.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop))
-    return sorted(times)[REPLAYS // 2] * 1e3
+    return sorted(times)[replays // 2] * 1e3
+
+
+def load_step(opened: RandomCheckpoint, rows: int, position: int, room: int, kv: str) -> tuple[Loaded, Batch]:
+    """The model on the GPU with ``room`` positions for each of ``rows`` slots, and a decode step of them all."""
+    loaded = load_engine(opened, EngineConfig(device="cuda", context=room, num_slots=rows, kv=kv))
+    device = loaded.device
+    for slot in range(rows):
+        loaded.runner.kv.reserve(slot, room)
+    tokens = torch.randint(loaded.model.vocab_size, (rows,), dtype=torch.int32, device=device)
+    positions = torch.full((rows,), position, dtype=torch.int32, device=device)
+    slots = torch.arange(rows, dtype=torch.int32, device=device)
+    return loaded, Batch(tokens, positions, slots, True, torch.ones(rows, dtype=torch.int32, device=device))
 
 
 @torch.inference_mode()
@@ -60,23 +72,14 @@ def main() -> None:
     parser.add_argument("--kv", default="auto")
     args = parser.parse_args()
     opened = RandomCheckpoint(args.random)
-    loaded = load_engine(
-        opened, EngineConfig(device="cuda", context=args.context + 64, num_slots=args.batch, kv=args.kv)
-    )
+    loaded, batch = load_step(opened, args.batch, args.context, args.context + 64, args.kv)
     model, runner, device = loaded.model, loaded.runner, loaded.device
     limit = read_bandwidth(device)
     print(f"{opened.label}: loaded in {loaded.seconds:.1f} s, reads {limit / 1e12:.2f} TB/s")
 
     rows = args.batch
-    for slot in range(rows):
-        runner.kv.reserve(slot, args.context + 64)
-    slots = torch.arange(rows, dtype=torch.int32, device=device)
-    tokens = torch.randint(model.vocab_size, (rows,), dtype=torch.int32, device=device)
-    positions = torch.full((rows,), args.context, dtype=torch.int32, device=device)
-    active = torch.ones(rows, dtype=torch.int32, device=device)
-    batch = Batch(tokens, positions, slots, True, active)
     act = model.activation
-    h = embed(tokens, model.embed, out_dtype=torch.float32)
+    h = embed(batch.tokens, model.embed, out_dtype=torch.float32)
     mixers = [(layer.mixer, cache) for layer, cache in zip(model.layers, runner.kv.layers, strict=True)]
     deltas = [(m, c) for m, c in mixers if isinstance(m, DeltaNet)]
     attentions = [(m, c) for m, c in mixers if isinstance(m, Attention)]
@@ -177,8 +180,8 @@ def main() -> None:
     show("sampler", 1, 0, lambda: runner.sampler.step(logits))
     show("the forward pass", 1, model.bytes_per_step(rows), lambda: model.forward(batch, runner.kv.layers))
     b = runner.buffers
-    for held, value in ((b.tokens, tokens), (b.positions, positions), (b.slots, slots), (b.active, active)):
-        held[:rows].copy_(value)
+    for held in ("tokens", "positions", "slots", "active"):
+        getattr(b, held)[:rows].copy_(getattr(batch, held))
     b.remaining[:rows].fill_(2 * REPLAYS)
     recurrent = [c for c in runner.kv.layers if isinstance(c, RecurrentState)]
     print(f"{len(recurrent)} recurrent layers of {len(runner.kv.layers)}")

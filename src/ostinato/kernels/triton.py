@@ -61,11 +61,11 @@ def gate_times_up(gate, up, GATE: tl.constexpr):
 
 
 @triton.jit
-def load_words(pointer, inside):
-    """Four adjacent int32 as four tensors, zeros outside; pointers of 16-byte alignment.
+def _load_four(pointer, inside, BITS: tl.constexpr):
+    """Four adjacent values of 32 or 16 bits as four tensors of integers, zeros outside; pointers aligned to all four.
 
-    One vector load a thread, in the layout of the pointers: Triton would choose a layout for a tensor [..., 4] of words
-    by their contiguity alone, and then move them between threads through shared memory.
+    One vector load a thread, in the layout of the pointers: Triton would choose a layout for a tensor [..., 4] by the
+    contiguity of its values alone, and then move them between threads through shared memory.
     """
     if INTERPRETED:
         return (
@@ -76,73 +76,46 @@ def load_words(pointer, inside):
         )
     else:
         return tl.inline_asm_elementwise(
-            """{
+            f"""{{
             .reg .pred p;
             setp.ne.b32 p, $5, 0;
-            mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
-            @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
-            }""",
-            "=&r,=&r,=&r,=&r,l,r",
+            mov.b{BITS} $0, 0; mov.b{BITS} $1, 0; mov.b{BITS} $2, 0; mov.b{BITS} $3, 0;
+            @p ld.global.v4.b{BITS} {{$0, $1, $2, $3}}, [$4];
+            }}""",
+            "=&r,=&r,=&r,=&r,l,r" if BITS == 32 else "=&h,=&h,=&h,=&h,l,r",
             [pointer, inside.to(tl.int32)],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32) if BITS == 32 else (tl.int16, tl.int16, tl.int16, tl.int16),
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def load_words(pointer, inside):
+    """Four adjacent int32 as four tensors, zeros outside; pointers of 16-byte alignment."""
+    return _load_four(pointer, inside, 32)
 
 
 @triton.jit
 def load_halves(pointer, inside):
     """Four adjacent 16-bit values as int16 tensors, zeros outside; pointers of 8-byte alignment."""
-    if INTERPRETED:
-        return (
-            tl.load(pointer, mask=inside, other=0),
-            tl.load(pointer + 1, mask=inside, other=0),
-            tl.load(pointer + 2, mask=inside, other=0),
-            tl.load(pointer + 3, mask=inside, other=0),
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            setp.ne.b32 p, $5, 0;
-            mov.b16 $0, 0; mov.b16 $1, 0; mov.b16 $2, 0; mov.b16 $3, 0;
-            @p ld.global.v4.b16 {$0, $1, $2, $3}, [$4];
-            }""",
-            "=&h,=&h,=&h,=&h,l,r",
-            [pointer, inside.to(tl.int32)],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
-            is_pure=False,
-            pack=1,
-        )
+    return _load_four(pointer, inside, 16)
 
 
 @triton.jit
 def load_floats(pointer, inside):
     """Four adjacent float32, bfloat16 or float16 values as float32 tensors, zeros outside."""
-    if INTERPRETED:
-        return (
-            tl.load(pointer, mask=inside, other=0.0).to(tl.float32),
-            tl.load(pointer + 1, mask=inside, other=0.0).to(tl.float32),
-            tl.load(pointer + 2, mask=inside, other=0.0).to(tl.float32),
-            tl.load(pointer + 3, mask=inside, other=0.0).to(tl.float32),
-        )
-    elif pointer.dtype.element_ty == tl.float32:
+    kind: tl.constexpr = pointer.dtype.element_ty
+    if kind == tl.float32:
         a, b, c, d = load_words(pointer, inside)
-        return (
-            a.to(tl.float32, bitcast=True),
-            b.to(tl.float32, bitcast=True),
-            c.to(tl.float32, bitcast=True),
-            d.to(tl.float32, bitcast=True),
-        )
     else:
         a, b, c, d = load_halves(pointer, inside)
-        kind: tl.constexpr = pointer.dtype.element_ty
-        return (
-            a.to(kind, bitcast=True).to(tl.float32),
-            b.to(kind, bitcast=True).to(tl.float32),
-            c.to(kind, bitcast=True).to(tl.float32),
-            d.to(kind, bitcast=True).to(tl.float32),
-        )
+    return (
+        a.to(kind, bitcast=True).to(tl.float32),
+        b.to(kind, bitcast=True).to(tl.float32),
+        c.to(kind, bitcast=True).to(tl.float32),
+        d.to(kind, bitcast=True).to(tl.float32),
+    )
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ostinato.kernels.block_linear import prefers_int8
-from ostinato.kernels.decode_attention import fused_decode_attention, fused_decode_attention_rounded
+from ostinato.kernels.decode_attention import fused_decode_attention
 from ostinato.kernels.prefill_attention import prefill_attention
 from ostinato.kernels.rope import rope_append
 from ostinato.kv.paged import KVSpec, LayerKV
@@ -57,25 +57,9 @@ class Attention:
         k_norm = self.k_norm.weight if self.k_norm is not None else None
         eps = self.q_norm.eps if self.q_norm is not None else 0.0
         place = (self.rope.inv_freq, self.rope.factor, batch.positions, batch.slots, kv.page_table, kv.k, kv.v)
-        if batch.decode and self._rounds(h):
-            x, scale = fused_decode_attention_rounded(
-                qkv,
-                *place,
-                q_norm,
-                k_norm,
-                eps,
-                num_heads=self.num_heads,
-                num_kv_heads=self.spec.num_kv_heads,
-                scale=self.scale,
-                window=self.window,
-                k_scale=kv.k_scale,
-                v_scale=kv.v_scale,
-                gated=self.gated,
-                prefetch=True,  # as below
-            )
-            return self.out.of_rounded(RoundedRow(x, scale, None, 0.0), residual=h)
         if batch.decode:
-            attended = fused_decode_attention(
+            rounded = self._rounds(h)
+            attended, scale = fused_decode_attention(
                 qkv,
                 *place,
                 q_norm,
@@ -88,9 +72,12 @@ class Attention:
                 k_scale=kv.k_scale,
                 v_scale=kv.v_scale,
                 gated=self.gated,
+                rounded=rounded,
                 # The embedding starts a step with a full dependency, and positions advance at the step's end alone.
                 prefetch=True,
             )
+            if rounded:
+                return self.out.of_rounded(RoundedRow(attended, scale, None, 0.0), residual=h)
         else:
             q = rope_append(
                 qkv,

@@ -83,9 +83,13 @@ class DeltaNet:
         # Few rows do not fill a GPU: several programs share a head, so its norm is left to the next product, and they
         # round what that would have to round in each of its programs, or in a kernel before them.
         weight, rows = self.out.block_weight, h.shape[0]
-        whole = self._head_dim % 32 == 0
-        defer = h.is_cuda and whole and weight is not None and (rows == 1 or prefers_int8(weight, rows))
-        eights = not defer and weight is not None and self._head_dim == SPAN and prefers_eights(weight, rows)
+        form = "plain"
+        if weight is not None:
+            whole = h.is_cuda and self._head_dim % 32 == 0
+            if whole and (rows == 1 or prefers_int8(weight, rows)):
+                form = "rounded"
+            elif self._head_dim == SPAN and prefers_eights(weight, rows):
+                form = "eights"
         y, squares, scale = delta_decode(
             qkvz,
             h,
@@ -95,14 +99,13 @@ class DeltaNet:
             num_k_heads=self.num_k_heads,
             num_v_heads=self.num_v_heads,
             tiled=self.tiled,
-            defer_norm=defer,
-            eights=eights,
+            form=form,
             # The embedding starts a step with a full dependency, and states advance in this kernel alone.
             prefetch=True,
         )
-        if eights:
+        if form == "eights":
             return RoundedEights(y, scale, rows)
-        return RoundedRow(y, scale, squares, self.gate_norm.eps) if defer else y
+        return RoundedRow(y, scale, squares, self.gate_norm.eps) if form == "rounded" else y
 
     def output(self, result: torch.Tensor | RoundedRow | RoundedEights, h: torch.Tensor) -> torch.Tensor:
         """The output product of what ``rule`` returned, added to h."""

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from ostinato.kernels.decode_attention import decode_attention, fused_decode_attention, fused_decode_attention_rounded
+from ostinato.kernels.decode_attention import decode_attention, fused_decode_attention
 from ostinato.kernels.decode_attention.ref import decode_attention_ref, fused_decode_attention_ref
 from ostinato.kernels.decode_attention.triton import Tiling
 from ostinato.kernels.decode_attention.triton import decode_attention as decode_kernel
 from ostinato.kernels.decode_attention.triton import fused_decode_attention as fused_kernel
-from ostinato.kernels.decode_attention.triton import fused_decode_attention_rounded as rounded_kernel
 from ostinato.kernels.prefill_attention import prefill_attention
 from ostinato.kernels.prefill_attention.ref import prefill_attention_ref
 from ostinato.kernels.rope import rope_append
@@ -64,9 +63,9 @@ def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
 def test_fused_decode(model: str, positions: list[int]) -> None:
     given = filled(model, 4, 64, positions)
     device = on_gpu(given)
-    got = fused_decode_attention(**device, scale=given["k_cache"].shape[3] ** -0.5, prefetch=True)
+    got, _ = fused_decode_attention(**device, scale=given["k_cache"].shape[3] ** -0.5, prefetch=True)
     wide = widened(given)
-    expected = fused_decode_attention_ref(*wide.values(), given["k_cache"].shape[3] ** -0.5, 0, 0.0)
+    expected, _ = fused_decode_attention_ref(*wide.values(), given["k_cache"].shape[3] ** -0.5, 0, 0.0)
     # bfloat16 keys, probabilities and result: each rounds to 2^-9 of itself, at random.
     assert distance(got, expected) < 4e-3
     assert distance(device["k_cache"], wide["k_cache"]) < 4e-3
@@ -90,7 +89,7 @@ def test_decode_in_a_graph_follows_the_length_on_the_device() -> None:
     device = on_gpu(given)
 
     def step() -> torch.Tensor:
-        return fused_decode_attention(**device, scale=0.125, prefetch=True)
+        return fused_decode_attention(**device, scale=0.125, prefetch=True)[0]
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -102,7 +101,7 @@ def test_decode_in_a_graph_follows_the_length_on_the_device() -> None:
         result.fill_(torch.nan)
         graph.replay()
         wide["positions"].fill_(position)
-        expected = fused_decode_attention_ref(*wide.values(), 0.125, 0, 0.0)
+        expected, _ = fused_decode_attention_ref(*wide.values(), 0.125, 0, 0.0)
         assert distance(result, expected) < 4e-3, position
 
 
@@ -123,8 +122,8 @@ def test_prefill(model: str, first: int, tokens: int, window: int) -> None:
 def test_float32_is_float32_for_wide_heads_too() -> None:
     """A long cache, whose tiles are smaller than those of bfloat16."""
     given = filled("qwen3.5", 2, 256, [9000, 33], torch.float32)
-    expected = fused_decode_attention_ref(*on_gpu(given).values(), 0.0625, 0, 0.0)
-    got = fused_decode_attention(**on_gpu(given), scale=0.0625)
+    expected, _ = fused_decode_attention_ref(*on_gpu(given).values(), 0.0625, 0, 0.0)
+    got, _ = fused_decode_attention(**on_gpu(given), scale=0.0625)
     assert distance(got, expected.cpu()) < 1e-5
 
 
@@ -166,11 +165,11 @@ def test_gated_fused_decode(tiling: Tiling | None, scaled: bool) -> None:
     device = on_gpu(given)
     if scaled:
         given, scales, device, device_scales = scaled_on_gpu(given)
-    got = fused_kernel(*device.values(), 0.0625, 0, 0.0, True, *device_scales.values(), True, tiling=tiling)
+    got, _ = fused_kernel(*device.values(), 0.0625, 0, 0.0, True, *device_scales.values(), True, tiling=tiling)
     wide = given | {"qkv": given["qkv"].float()}
     if not scaled:
         wide = widened(given)
-    expected = fused_decode_attention_ref(*wide.values(), 0.0625, 0, 0.0, *scales.values(), True)
+    expected, _ = fused_decode_attention_ref(*wide.values(), 0.0625, 0, 0.0, *scales.values(), True)
     # bfloat16 queries, probabilities and results: each rounds to 2^-9 of itself, at random.
     assert distance(got, expected) < 5e-3
     if scaled:
@@ -207,12 +206,12 @@ def test_rounded_fused_decode(tiling: Tiling | None, scaled: bool) -> None:
         inputs_of["positions"][6] = -1
     device["qkv"][6] = torch.nan
     before = device["v_cache"].clone()
-    got = rounded_kernel(*device.values(), 0.0625, 0, 0.0, True, *device_scales.values(), True, tiling=tiling)
+    got = fused_kernel(*device.values(), 0.0625, 0, 0.0, True, *device_scales.values(), True, True, tiling)
     wide = given | {"qkv": given["qkv"].float()}
     if not scaled:
         wide = widened(given)
     some = wide | {name: wide[name][:6] for name in ("qkv", "positions", "slots")}
-    expected = fused_decode_attention_ref(*some.values(), 0.0625, 0, 0.0, *scales.values(), True)
+    expected, _ = fused_decode_attention_ref(*some.values(), 0.0625, 0, 0.0, *scales.values(), True)
     values = unrounded(got)
     assert distance(values[:6], expected) < ROUNDED
     # Half a step is the bound for each number, beside what bfloat16 makes of it: eight units of the largest, 2^-9 each.
@@ -230,7 +229,7 @@ def test_rounded_decode_in_a_graph_follows_the_length_on_the_device() -> None:
     device = on_gpu(given)
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        return fused_decode_attention_rounded(**device, scale=0.0625, prefetch=True, gated=True)
+        return fused_decode_attention(**device, scale=0.0625, prefetch=True, gated=True, rounded=True)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -247,7 +246,7 @@ def test_rounded_decode_in_a_graph_follows_the_length_on_the_device() -> None:
             assert not result[1].any()
             continue
         wide["positions"].fill_(position)
-        expected = fused_decode_attention_ref(*wide.values(), 0.0625, 0, 0.0, gated=True)
+        expected, _ = fused_decode_attention_ref(*wide.values(), 0.0625, 0, 0.0, gated=True)
         assert distance(unrounded(result), expected) < ROUNDED, position
 
 

@@ -56,9 +56,7 @@ def with_past(given: dict, positions: list[int]) -> dict:
             filled = given | {"qkvz": past["qkvz"], "h": past["h"]}
             if position > 1:
                 delta_prefill_ref(**rows_of(filled, 0, position - 1, slot), tiled=False)
-            delta_decode_ref(
-                **rows_of(filled, position - 1, position, slot), active=None, tiled=False, defer_norm=False
-            )
+            delta_decode_ref(**rows_of(filled, position - 1, position, slot), active=None, tiled=False)
     return given | {"slots": int32(*range(len(positions))), "positions": int32(*positions)}
 
 

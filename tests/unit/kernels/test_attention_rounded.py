@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ostinato.errors import KernelError
-from ostinato.kernels.decode_attention import fused_decode_attention, fused_decode_attention_rounded
+from ostinato.kernels.decode_attention import fused_decode_attention
 from ostinato.kernels.decode_attention.ref import fused_decode_attention_ref
 from ostinato.kernels.decode_attention.triton import Tiling
-from ostinato.kernels.decode_attention.triton import fused_decode_attention_rounded as kernel
+from ostinato.kernels.decode_attention.triton import fused_decode_attention as kernel
 from ostinato.kernels.rms_norm.ref import quantize_rows_ref
 
 from .paged import fp8, inputs
@@ -73,9 +73,9 @@ def test_kernel_rounds_what_the_reference_attends(
     if position != "random":
         given["positions"].fill_(position)
     again, again_scales = copied(given), copied(scales)
-    expected = fused_decode_attention_ref(*again.values(), 0.2, 0, 0.0, *again_scales.values(), gated)
+    expected, _ = fused_decode_attention_ref(*again.values(), 0.2, 0, 0.0, *again_scales.values(), gated)
     cut = Tiling(16, splits, 4, 1, columns)
-    got = kernel(*given.values(), 0.2, 0, 0.0, True, *scales.values(), gated, tiling=cut)
+    got = kernel(*given.values(), 0.2, 0, 0.0, True, *scales.values(), gated, True, cut)
     # Without FP8: sums of up to 45 products of numbers of size one, some 50 units of 2^-24. With it a key that falls to
     # another step of its format, 2^-3 of one of D numbers, moves its score a little.
     assert_rounds(got, expected, 2**-6 if scaled else 1e-5)
@@ -86,8 +86,9 @@ def test_kernel_rounds_what_the_reference_attends(
 @pytest.mark.parametrize("attended", [(9, 0.0), (0, 2.0)], ids=str)
 def test_kernel_with_a_window_or_a_cap(attended: tuple, device: torch.device) -> None:
     given, _ = cases(CASES[1], device, scaled=False, gated=False)
-    expected = fused_decode_attention_ref(*copied(given).values(), 0.2, *attended)
-    assert_rounds(kernel(*given.values(), 0.2, *attended, True, tiling=Tiling(16, 2, 4, 1)), expected, 1e-5)
+    expected, _ = fused_decode_attention_ref(*copied(given).values(), 0.2, *attended)
+    got = kernel(*given.values(), 0.2, *attended, True, rounded=True, tiling=Tiling(16, 2, 4, 1))
+    assert_rounds(got, expected, 1e-5)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -100,14 +101,14 @@ def test_a_row_without_a_position_is_left_out(idle: list[int], splits: int, devi
     given["qkv"][idle] = torch.nan
     others = [row for row in range(3) if row not in idle]
     again, before = copied(given), copied(given)
-    got = kernel(*given.values(), 0.2, 0, 0.0, True, gated=True, tiling=Tiling(16, splits, 4, 1))
-    public = fused_decode_attention_rounded(**again, scale=0.2, gated=True)
+    got = kernel(*given.values(), 0.2, 0, 0.0, True, gated=True, rounded=True, tiling=Tiling(16, splits, 4, 1))
+    public = fused_decode_attention(**again, scale=0.2, gated=True, rounded=True)
     alone = before | {name: before[name][others] for name in ("qkv", "positions", "slots")}
     for x, scale in (got, public):
         assert not x[idle].any()
         assert (scale[idle] == 0).all()
     if others:
-        expected = fused_decode_attention_ref(*alone.values(), 0.2, 0, 0.0, gated=True)
+        expected, _ = fused_decode_attention_ref(*alone.values(), 0.2, 0, 0.0, gated=True)
         for x, scale in (got, public):
             assert_rounds((x[others], scale[others]), expected, 1e-5)
     for name in ("k_cache", "v_cache"):
@@ -120,8 +121,8 @@ def test_groups_of_zeros_have_no_scale(device: torch.device) -> None:
     given["positions"].zero_()  # the result is the value that came with the token
     given["qkv"][:, -32:] = 0.0
     for x, scale in (
-        kernel(*copied(given).values(), 0.2, 0, 0.0, False, tiling=Tiling(16, 2, 4, 1)),
-        fused_decode_attention_rounded(**given, scale=0.2),
+        kernel(*copied(given).values(), 0.2, 0, 0.0, False, rounded=True, tiling=Tiling(16, 2, 4, 1)),
+        fused_decode_attention(**given, scale=0.2, rounded=True),
     ):
         assert not x.any()
         assert (scale == 0).all()
@@ -130,25 +131,26 @@ def test_groups_of_zeros_have_no_scale(device: torch.device) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_rounds_the_float32_result(case: dict) -> None:
     given, _ = cases(case, CPU, scaled=False, gated=True)
-    expected = fused_decode_attention(**copied(given), scale=0.3, gated=True)
-    x, scale = fused_decode_attention_rounded(**given, scale=0.3, gated=True)
+    expected, _ = fused_decode_attention(**copied(given), scale=0.3, gated=True)
+    x, scale = fused_decode_attention(**given, scale=0.3, gated=True, rounded=True)
     for found, value in zip((x, scale), quantize_rows_ref(expected), strict=True):
         assert torch.equal(found, value)
 
 
 def test_refuses_what_it_does_not_take() -> None:
     with pytest.raises(KernelError, match="groups of 32 columns, which do not divide heads of 16"):
-        fused_decode_attention_rounded(**inputs(CPU, 2, 4, 2, 16, 16), scale=1.0)
-    with pytest.raises(KernelError, match="fused_decode_attention_rounded: 5 query heads"):
-        fused_decode_attention_rounded(**inputs(CPU, 2, 5, 2, 32, 16), scale=1.0)
+        fused_decode_attention(**inputs(CPU, 2, 4, 2, 16, 16), scale=1.0, rounded=True)
+    with pytest.raises(KernelError, match="fused_decode_attention: 5 query heads"):
+        fused_decode_attention(**inputs(CPU, 2, 5, 2, 32, 16), scale=1.0, rounded=True)
 
 
-def test_results_without_data_look_like_the_references() -> None:
+@pytest.mark.parametrize("rounded", [False, True])
+def test_results_without_data_look_like_the_references(rounded: bool) -> None:
     given = inputs(CPU, 3, 6, 2, 32, 16, torch.bfloat16, gated=True)
     shapes = []
     for device in ("cpu", "meta"):
         there = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-        results = fused_decode_attention_rounded(**there, scale=1.0, gated=True)
+        results = fused_decode_attention(**there, scale=1.0, gated=True, rounded=rounded)
         shapes.append([(t.shape, t.dtype) for t in results])
     assert shapes[0] == shapes[1]
 
@@ -156,7 +158,7 @@ def test_results_without_data_look_like_the_references() -> None:
 def test_traces_as_one_node() -> None:
     given = inputs(CPU, 3, 6, 2, 32, 16)
     torch.library.opcheck(
-        torch.ops.ostinato.fused_decode_attention_rounded.default,
-        (*given.values(), 1.0, 0, 0.0, False),
+        torch.ops.ostinato.fused_decode_attention.default,
+        (*given.values(), 1.0, 0, 0.0, False, None, None, False, True),
         test_utils=("test_schema", "test_faketensor"),
     )

@@ -53,8 +53,8 @@ def test_a_gate_multiplies_the_result_by_its_sigmoid(case: dict) -> None:
     given = randomized(inputs(CPU, **case, gated=True))
     num_gates = given["num_heads"] * case["dim"]
     plain = copied(given) | {"qkv": given["qkv"][:, :-num_gates].contiguous()}
-    expected = fused_decode_attention(**plain, scale=0.3) * torch.sigmoid(given["qkv"][:, -num_gates:])
-    torch.testing.assert_close(fused_decode_attention(**given, scale=0.3, gated=True), expected, **FLOAT32)
+    expected = fused_decode_attention(**plain, scale=0.3)[0] * torch.sigmoid(given["qkv"][:, -num_gates:])
+    torch.testing.assert_close(fused_decode_attention(**given, scale=0.3, gated=True)[0], expected, **FLOAT32)
     assert torch.equal(given["k_cache"], plain["k_cache"])
     assert torch.equal(given["v_cache"], plain["v_cache"])
 
@@ -109,7 +109,7 @@ def test_prefill_of_fp8_with_a_gate(first: int, tokens: int) -> None:
 def test_fused_decode_attends_to_what_it_stored() -> None:
     given, scales = fp8(inputs(CPU, **CASES[1], gated=True), filled=True)
     again, again_scales = copied(given), copied(scales)
-    got = fused_decode_attention(**given, scale=0.3, gated=True, **scales)
+    got, _ = fused_decode_attention(**given, scale=0.3, gated=True, **scales)
     q = rope_append(**again, gated=True, **again_scales)
     read = [again[name] for name in ("k_cache", "v_cache", "page_table", "slots", "positions")]
     expected = decode_attention(q, *read, scale=0.3, **again_scales) * torch.sigmoid(given["qkv"][:, -6 * 32 :])
@@ -176,8 +176,8 @@ def test_fused_kernel_equals_reference(
     if position != "random":
         given["positions"].fill_(position)
     again, again_scales = copied(given), copied(scales)
-    expected = fused_decode_attention_ref(*again.values(), 0.2, 0, 0.0, *again_scales.values(), gated)
-    got = fused_kernel(*given.values(), 0.2, 0, 0.0, True, *scales.values(), gated, tiling=Tiling(16, 2, 4, 1))
+    expected, _ = fused_decode_attention_ref(*again.values(), 0.2, 0, 0.0, *again_scales.values(), gated)
+    got, _ = fused_kernel(*given.values(), 0.2, 0, 0.0, True, *scales.values(), gated, tiling=Tiling(16, 2, 4, 1))
     if scaled:
         same_caches(given, scales, again, again_scales)
         # A key that falls to another step of its format, 2^-3 of one of D numbers, moves its score a little.
@@ -248,6 +248,6 @@ def test_traces_as_one_node() -> None:
     given, scales = fp8(inputs(CPU, 3, 6, 2, 16, 16, gated=True), filled=True)
     torch.library.opcheck(
         torch.ops.ostinato.fused_decode_attention.default,
-        (*given.values(), 1.0, 0, 0.0, False, *scales.values(), True),
+        (*given.values(), 1.0, 0, 0.0, False, *scales.values(), True, False),
         test_utils="test_faketensor",  # PyTorch's test of schemas cannot compare float8 tensors
     )

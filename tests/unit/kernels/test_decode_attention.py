@@ -91,9 +91,9 @@ def test_fused_kernel_equals_reference(case: dict, block: int, positions: object
     window = 11 if case["dim"] == 96 else 0
     softcap = 2.0 if case["dim"] == 16 else 0.0
     again = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-    expected = fused_decode_attention_ref(*again.values(), 0.2, window, softcap)
+    expected, _ = fused_decode_attention_ref(*again.values(), 0.2, window, softcap)
     cut = Tiling(16 if device.type == "cuda" else block, 2, 4, 1)
-    got = fused_kernel(*given.values(), 0.2, window, softcap, True, tiling=cut)
+    got, _ = fused_kernel(*given.values(), 0.2, window, softcap, True, tiling=cut)
     torch.testing.assert_close(got, expected, **FLOAT32)
     torch.testing.assert_close(given["k_cache"], again["k_cache"], rtol=0, atol=1e-5)
     assert torch.equal(given["v_cache"], again["v_cache"])
@@ -107,7 +107,7 @@ def test_fused_kernel_never_reads_what_the_slot_does_not_hold(device: torch.devi
         held = cached(device, [position - 1], 6, 2, 32, pages=4)
         given |= {name: held[name] for name in ("k_cache", "v_cache", "page_table", "slots")}
         for splits in (1, 3):
-            got = fused_kernel(*given.values(), 0.2, 0, 0.0, False, tiling=Tiling(16, splits, 4, 1))
+            got, _ = fused_kernel(*given.values(), 0.2, 0, 0.0, False, tiling=Tiling(16, splits, 4, 1))
             assert got.isfinite().all()
 
 
@@ -169,6 +169,6 @@ def test_traces_as_one_node() -> None:
     given = inputs(torch.device("cpu"), 3, 6, 2, 16, 16)
     torch.library.opcheck(
         torch.ops.ostinato.fused_decode_attention.default,
-        (*given.values(), 1.0, 0, 0.0, False),
+        (*given.values(), 1.0, 0, 0.0, False, None, None, False, False),
         test_utils=("test_schema", "test_faketensor"),
     )

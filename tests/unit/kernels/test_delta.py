@@ -11,7 +11,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 
 from ostinato.errors import KernelError
 from ostinato.kernels.delta import delta_decode, delta_prefill
-from ostinato.kernels.delta.ref import recurrence_ref, settled_ref
+from ostinato.kernels.delta.ref import FORMS, recurrence_ref, settled_ref
 
 from .deltas import arguments, copied, distance, int32, rows_of, settled, with_past
 
@@ -134,7 +134,7 @@ def test_inactive_rows_leave_their_states() -> None:
 def test_the_deferred_norm_is_the_norm() -> None:
     given = with_past(arguments(2, value_dim=32), [3, 0])
     expected, *empty = delta_decode(**copied(given))
-    y, squares, scale = delta_decode(**given, defer_norm=True)
+    y, squares, scale = delta_decode(**given, form="rounded")
     assert all(tensor.numel() == 0 for tensor in empty)
     assert squares.shape == (2, 4, 4)
     norm = torch.rsqrt(squares.sum(-1, keepdim=True) / 32 + given["eps"])
@@ -182,18 +182,26 @@ def test_refusals(change: dict, message: str) -> None:
         delta_decode(**given)
 
 
-def test_only_the_norm_of_whole_groups_is_deferred() -> None:
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("rounded", "the norm of value heads of a multiple of 32, got 8"),
+        ("eights", "whole value heads of 128 by eight rows, got 8"),
+        ("int8", "a form of plain, rounded, eights, got 'int8'"),
+    ],
+)
+def test_forms_that_do_not_fit_are_refused(form: str, message: str) -> None:
     given = with_past(arguments(1, value_dim=8), [0])
-    with pytest.raises(KernelError, match="multiple of 32, got 8"):
-        delta_decode(**given, defer_norm=True)
+    with pytest.raises(KernelError, match=message):
+        delta_decode(**given, form=form)
 
 
-@pytest.mark.parametrize("defer_norm", [False, True])
-def test_results_without_data_look_like_the_references(defer_norm: bool) -> None:
-    given = with_past(arguments(2, value_dim=32, dtype=torch.bfloat16), [0, 0])
+@pytest.mark.parametrize("form", FORMS)
+def test_results_without_data_look_like_the_references(form: str) -> None:
+    given = with_past(arguments(2, value_dim=128, dtype=torch.bfloat16), [0, 0])
     shapes = []
     for device in ("cpu", "meta"):
-        y, squares, scale = delta_decode(**copied(given, device), defer_norm=defer_norm)
+        y, squares, scale = delta_decode(**copied(given, device), form=form)
         whole = delta_prefill(**copied(given, device))
         shapes.append([(t.shape, t.dtype) for t in (y, squares, scale, whole)])
     assert shapes[0] == shapes[1]

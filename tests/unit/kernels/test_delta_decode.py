@@ -23,7 +23,7 @@ def compare(
     *,
     active: torch.Tensor | None = None,
     tiled: bool = False,
-    defer_norm: bool = False,
+    form: str = "plain",
     prefetch: bool = False,
     tiling: Tiling | None = None,
     tolerance: float = FLOAT32,
@@ -32,7 +32,7 @@ def compare(
     """Run both on copies of ``given`` and compare results and states; NaN stays where it was."""
     expected, got = copied(given), copied(given, device)
     runs = torch.ones_like(given["slots"]) if active is None else active
-    flags = {"tiled": tiled, "defer_norm": defer_norm, "eights": False}
+    flags = {"tiled": tiled, "form": form}
     y_ref, squares_ref, scale_ref = delta_decode_ref(**expected, active=active, **flags)
     y, squares, scale = launch(
         **got, active=None if active is None else active.to(device), **flags, prefetch=prefetch, tiling=tiling
@@ -41,14 +41,13 @@ def compare(
     assert squares.shape == squares_ref.shape
     assert scale.shape == scale_ref.shape
     chosen = runs != 0
-    if defer_norm:  # values that differ in their last bits may round to neighbours
+    if form == "rounded":  # values that differ in their last bits may round to neighbours
         assert (y.cpu()[chosen].int() - y_ref[chosen].int()).abs().max() <= 1
         assert (y.cpu()[chosen] != y_ref[chosen]).float().mean() < 0.01
         assert distance(scale.cpu()[chosen], scale_ref[chosen]) < FLOAT32
+        assert distance(squares.cpu().sum(-1)[chosen], squares_ref.sum(-1)[chosen]) < FLOAT32
     else:
         assert distance(y.cpu()[chosen], y_ref[chosen]) < tolerance
-    if defer_norm:
-        assert distance(squares.cpu().sum(-1)[chosen], squares_ref.sum(-1)[chosen]) < FLOAT32
     for name in ("conv_state", "state", "pending"):
         ours, theirs = got[name].cpu().float(), expected[name].float()
         assert torch.equal(ours.isnan(), theirs.isnan()), f"{name}: entries of others were written, or own ones not"
@@ -64,7 +63,7 @@ def test_positions(positions: list[int], device: torch.device) -> None:
 def test_deferred_norm_in_parts(parts: int, key_dim: int, value_dim: int, device: torch.device) -> None:
     given = with_past(arguments(2, key_dim=key_dim, value_dim=value_dim), [5, 0])
     for tiled in (False, True):
-        compare(given, device, tiled=tiled, defer_norm=True, tiling=Tiling(parts, 2), prefetch=True)
+        compare(given, device, tiled=tiled, form="rounded", tiling=Tiling(parts, 2), prefetch=True)
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -77,7 +76,7 @@ def test_odd_sizes(key_dim: int, value_dim: int, hidden: int, width: int, tiled:
 def test_inactive_rows_leave_their_states(device: torch.device) -> None:
     given = with_past(arguments(3, value_dim=32), [5, 3, 0])
     compare(given, device, active=int32(1, 0, 0))
-    compare(given, device, active=int32(0, 1, 1), defer_norm=True)
+    compare(given, device, active=int32(0, 1, 1), form="rounded")
 
 
 def test_rows_of_permuted_slots(device: torch.device) -> None:
@@ -107,8 +106,8 @@ def test_heads_rounded_by_eight_rows(rows: int, device: torch.device) -> None:
     """A head of 128 columns has one scale; rows beyond the last are zeros."""
     given = with_past(arguments(rows, value_dim=128, num_slots=9), [5, 0, 1, 2, 3, 4, 6, 7, 8][:rows])
     got = copied(given, device)
-    y_ref, _, factors_ref = delta_decode_ref(**copied(given), active=None, tiled=False, defer_norm=False, eights=True)
-    flags = {"active": None, "tiled": False, "defer_norm": False, "eights": True, "prefetch": False}
+    y_ref, _, factors_ref = delta_decode_ref(**copied(given), active=None, tiled=False, form="eights")
+    flags = {"active": None, "tiled": False, "form": "eights", "prefetch": False}
     y, squares, factors = launch(**got, **flags)
     assert squares.numel() == 0
     assert y.shape == y_ref.shape
@@ -121,9 +120,9 @@ def test_heads_rounded_by_eight_rows(rows: int, device: torch.device) -> None:
 
 
 def test_parts_fill_the_gpu_and_no_more() -> None:
-    assert choose(1, 32, 128, True, 132) == Tiling(4, 2)
-    assert choose(4, 32, 128, True, 132) == Tiling(2, 4)
-    assert choose(64, 32, 128, True, 132) == Tiling(1, 4)
-    assert choose(1, 32, 128, False, 132) == Tiling(1, 4)
-    assert choose(1, 4, 16, True, 132).parts == 1
-    assert choose(1, 32, 64, True, 132).parts == 2  # whole groups of 32 columns
+    assert choose(1, 32, 128, "rounded", 132) == Tiling(4, 2)
+    assert choose(4, 32, 128, "rounded", 132) == Tiling(2, 4)
+    assert choose(64, 32, 128, "rounded", 132) == Tiling(1, 4)
+    assert choose(1, 32, 128, "plain", 132) == Tiling(1, 4)
+    assert choose(1, 4, 16, "rounded", 132).parts == 1
+    assert choose(1, 32, 64, "rounded", 132).parts == 2  # whole groups of 32 columns

@@ -107,51 +107,28 @@ def fused_decode_attention_ref(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     gated: bool = False,
-) -> torch.Tensor:
-    """rope_append_ref, then decode_attention_ref; where there is a gate, times its sigmoid."""
-    q = rope_append_ref(
-        qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps,
-        num_heads, num_kv_heads, k_scale, v_scale, gated,
-    )  # fmt: skip
-    out = decode_attention_ref(
-        q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap, k_scale, v_scale
-    )
-    return gate_ref(out, qkv[:, -out.shape[1] :]) if gated else out
-
-
-def fused_decode_attention_rounded_ref(
-    qkv: torch.Tensor,
-    inv_freq: torch.Tensor,
-    rope_scale: float,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    page_table: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-    gated: bool = False,
+    rounded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """quantize_rows_ref of fused_decode_attention_ref with float32 between them; rows without a position are zeros."""
-    rows, width = qkv.shape[0], num_heads * k_cache.shape[3]
-    out = torch.zeros((rows, width), dtype=torch.float32, device=qkv.device)
-    there = (positions >= 0).nonzero()[:, 0]
-    if len(there):
-        qkv, positions, slots = qkv[there], positions[there], slots[there]
+    """rope_append_ref, then decode_attention_ref; where there is a gate, times its sigmoid. The scale is empty.
+
+    rounded: quantize_rows_ref of the same with float32 after the append; rows without a position are zeros.
+    """
+
+    def attended(qkv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         q = rope_append_ref(
             qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps,
             num_heads, num_kv_heads, k_scale, v_scale, gated,
         )  # fmt: skip
-        attended = decode_attention_ref(
-            q.float(), k_cache, v_cache, page_table, slots, positions, scale, window, softcap, k_scale, v_scale
-        )
-        out[there] = gate_ref(attended, qkv[:, -width:]) if gated else attended
+        out = decode_attention_ref(
+            q.float() if rounded else q, k_cache, v_cache, page_table, slots, positions, scale, window, softcap,
+            k_scale, v_scale,
+        )  # fmt: skip
+        return gate_ref(out, qkv[:, -out.shape[1] :]) if gated else out
+
+    if not rounded:
+        return attended(qkv, positions, slots), qkv.new_empty(0, dtype=torch.float32)
+    out = qkv.new_zeros((qkv.shape[0], num_heads * k_cache.shape[3]), dtype=torch.float32)
+    there = (positions >= 0).nonzero()[:, 0]
+    if len(there):
+        out[there] = attended(qkv[there], positions[there], slots[there])
     return quantize_rows_ref(out)

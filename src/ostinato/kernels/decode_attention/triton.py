@@ -17,7 +17,7 @@ from ostinato.kernels.launch import launch_options, num_multiprocessors
 from ostinato.kernels.rope.triton import from_fp8, from_fp8_pairs, operand_kind, quantize_fp8, raw_cache, rotation
 from ostinato.kernels.triton import trigger, wait
 
-__all__ = ["Tiling", "choose_tiling", "decode_attention", "fused_decode_attention", "fused_decode_attention_rounded"]
+__all__ = ["Tiling", "choose_tiling", "decode_attention", "fused_decode_attention"]
 
 LOG2_E = 1.4426950408889634
 _CHUNK = 64  # partial results that a warp of the second kernel joins at a time
@@ -278,8 +278,31 @@ def _decode_kernel(
         tl.store(stats + row * (2 * SPLITS) + SPLITS + split, total, mask=r < G)
 
 
-def _launch(
+def decode_attention(
     q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    prefetch: bool,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    tiling: Tiling | None = None,
+) -> torch.Tensor:
+    """Launch the kernels; arguments and result as for ``ostinato.kernels.decode_attention.decode_attention``."""
+    out, _ = fused_decode_attention(
+        q, None, 1.0, positions, slots, page_table, k_cache, v_cache, None, None, 0.0, q.shape[1], k_cache.shape[1],
+        scale, window, softcap, prefetch, k_scale, v_scale, tiling=tiling,
+    )  # fmt: skip
+    return out
+
+
+def fused_decode_attention(
+    qkv: torch.Tensor,
     inv_freq: torch.Tensor | None,
     rope_scale: float,
     positions: torch.Tensor,
@@ -291,21 +314,25 @@ def _launch(
     k_norm: torch.Tensor | None,
     eps: float,
     num_heads: int,
+    num_kv_heads: int,
     scale: float,
     window: int,
     softcap: float,
     prefetch: bool,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    gated: bool,
-    rounded: bool,
-    tiling: Tiling | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The result, and its scales where it is ``rounded``."""
-    batch = q.shape[0]
-    _, num_kv_heads, page_size, dim = k_cache.shape
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    gated: bool = False,
+    rounded: bool = False,
+    tiling: Tiling | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernels; arguments and results as for ``ostinato.kernels.decode_attention.fused_decode_attention``.
+
+    inv_freq: None where qkv is q alone, as ``decode_attention`` takes it, and the cache has all positions.
+    """
+    batch = qkv.shape[0]
+    page_size, dim = k_cache.shape[2:]
     group = num_heads // num_kv_heads
-    device = q.device
+    device = qkv.device
     length = page_table.shape[1] * page_size
     if window:
         length = min(length, window + 64)
@@ -314,8 +341,9 @@ def _launch(
     padded_dim = max(16, triton.next_power_of_2(dim))
     padded_group = triton.next_power_of_2(group)
     splits = tiling.splits
-    out = torch.empty((batch, num_heads * dim), dtype=torch.int8 if rounded else q.dtype, device=device)
-    scale_of_out = torch.empty((batch, num_heads * dim // 32), dtype=torch.float32, device=device) if rounded else None
+    out = torch.empty((batch, num_heads * dim), dtype=torch.int8 if rounded else qkv.dtype, device=device)
+    shape = (batch, num_heads * dim // 32) if rounded else (0,)
+    scale_of_out = torch.empty(shape, dtype=torch.float32, device=device)
     partial = torch.empty((batch, num_heads, splits, padded_dim), dtype=torch.float32, device=device)
     stats = torch.empty((batch, num_heads, 2, splits), dtype=torch.float32, device=device)
     fused = inv_freq is not None
@@ -326,7 +354,7 @@ def _launch(
         "PREFETCH": prefetch, "GATED": gated, "ROUNDED": rounded,
     }  # fmt: skip
     _decode_kernel[(splits, num_kv_heads, batch)](
-        q,
+        qkv,
         out,
         partial,
         stats,
@@ -355,7 +383,7 @@ def _launch(
         K_NORM=k_norm is not None,
         SOFTCAP=softcap != 0.0,
         FP8=k_scale is not None,
-        KIND=operand_kind(q.dtype, k_cache.dtype),
+        KIND=operand_kind(qkv.dtype, k_cache.dtype),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
         **cut,
@@ -366,93 +394,7 @@ def _launch(
         warps = 2 if splits > _CHUNK and columns <= 32 else 1
         chunk = min(triton.next_power_of_2(splits), warps * _CHUNK)
         _join_kernel[(triton.cdiv(dim, columns), num_heads, batch)](
-            out, q, partial, stats, positions, unused if scale_of_out is None else scale_of_out, HQ=num_heads,
-            WIDTH=q.shape[-1], COLUMNS=columns, CHUNK=chunk, num_warps=warps, **cut, **options,
+            out, qkv, partial, stats, positions, scale_of_out, HQ=num_heads, WIDTH=qkv.shape[-1], COLUMNS=columns,
+            CHUNK=chunk, num_warps=warps, **cut, **options,
         )  # fmt: skip
-    return out, scale_of_out
-
-
-def decode_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    page_table: torch.Tensor,
-    slots: torch.Tensor,
-    positions: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    prefetch: bool,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-    tiling: Tiling | None = None,
-) -> torch.Tensor:
-    """Launch the kernels; arguments and result as for ``ostinato.kernels.decode_attention.decode_attention``."""
-    out, _ = _launch(
-        q, None, 1.0, positions, slots, page_table, k_cache, v_cache, None, None, 0.0, q.shape[1],
-        scale, window, softcap, prefetch, k_scale, v_scale, False, False, tiling,
-    )  # fmt: skip
-    return out
-
-
-def fused_decode_attention(
-    qkv: torch.Tensor,
-    inv_freq: torch.Tensor,
-    rope_scale: float,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    page_table: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    prefetch: bool,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-    gated: bool = False,
-    tiling: Tiling | None = None,
-) -> torch.Tensor:
-    """Launch the kernels; arguments and result as for ``…decode_attention.fused_decode_attention``."""
-    out, _ = _launch(
-        qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps, num_heads,
-        scale, window, softcap, prefetch, k_scale, v_scale, gated, False, tiling,
-    )  # fmt: skip
-    return out
-
-
-def fused_decode_attention_rounded(
-    qkv: torch.Tensor,
-    inv_freq: torch.Tensor,
-    rope_scale: float,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    page_table: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    prefetch: bool,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-    gated: bool = False,
-    tiling: Tiling | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernels; arguments and results as for ``…decode_attention.fused_decode_attention_rounded``."""
-    out, scale_of_out = _launch(
-        qkv, inv_freq, rope_scale, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, eps, num_heads,
-        scale, window, softcap, prefetch, k_scale, v_scale, gated, True, tiling,
-    )  # fmt: skip
-    assert scale_of_out is not None
     return out, scale_of_out

@@ -6,7 +6,7 @@ import torch
 
 from ostinato.errors import KernelError
 from ostinato.kernels.block_linear.eights import SPAN
-from ostinato.kernels.delta.ref import PARTS, delta_decode_ref, delta_prefill_ref
+from ostinato.kernels.delta.ref import FORMS, PARTS, delta_decode_ref, delta_prefill_ref
 from ostinato.kernels.registry import register
 
 __all__ = ["delta_decode", "delta_prefill"]
@@ -36,8 +36,7 @@ def delta_decode(
     num_k_heads: int,
     num_v_heads: int,
     tiled: bool = False,
-    defer_norm: bool = False,
-    eights: bool = False,
+    form: str = "plain",
     prefetch: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One token of each row's slot, in one kernel; conv_state, state and pending are written in place at ``slots``.
@@ -55,13 +54,12 @@ def delta_decode(
     row of 0 leaves its states alone, and its result means nothing. No two active rows may share a slot. Value head j
     takes key head j // (Hv / Hk), or j % Hk if ``tiled``.
 
-    Returns (y, squares, scale). y: [M, Hv Dv] in qkvz's dtype, rms_norm(o, gate_norm, eps) * silu(z); the others are
-    empty.
-    With ``defer_norm`` (Dv a multiple of 32) several programs may share a head: y is o * gate_norm * silu(z) as int8
-    with scale float32 [M, Hv Dv / 32], and squares float32 [M, Hv, 4] has parts of the sum of o² of a head, as
-    ``int8_linear`` takes them, which multiplies by rsqrt(squares.sum(-1) / Dv + eps).
-    With ``eights`` (Dv = 128, no ``defer_norm``) y is int8 by eight rows with its factors in place of scale, as
-    ``eights_linear`` takes them.
+    Returns (y, squares, scale) in a form that the next product takes:
+    ``plain``: y [M, Hv Dv] in qkvz's dtype is rms_norm(o, gate_norm, eps) * silu(z); the others are empty.
+    ``rounded`` (Dv a multiple of 32), for ``int8_linear``: y is o * gate_norm * silu(z) as int8 with scale float32
+    [M, Hv Dv / 32]. The norm is deferred, so that several programs may share a head: squares float32 [M, Hv, 4] has
+    parts of the sum of o² of a head, and ``int8_linear`` multiplies by rsqrt(squares.sum(-1) / Dv + eps).
+    ``eights`` (Dv = 128), for ``eights_linear``: the plain y as int8 by eight rows, its factors in place of scale.
     prefetch: a promise that no kernel has read or written the states, or written slots, positions or active, since the
     last full dependency of the stream (the start of a step); the kernel then reads them all and writes ``state`` while
     the one before it still runs.
@@ -71,13 +69,15 @@ def delta_decode(
         "delta_decode", qkvz, h, norm, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, conv_state, state,
         pending, slots, positions, active, num_k_heads, num_v_heads,
     )  # fmt: skip
-    if defer_norm and state.shape[3] % 32:
+    if form not in FORMS:
+        raise KernelError(f"delta_decode returns y in a form of {', '.join(FORMS)}, got {form!r}")
+    if form == "rounded" and state.shape[3] % 32:
         raise KernelError(f"delta_decode defers the norm of value heads of a multiple of 32, got {state.shape[3]}")
-    if eights and (state.shape[3] != SPAN or defer_norm):
+    if form == "eights" and state.shape[3] != SPAN:
         raise KernelError(f"delta_decode rounds whole value heads of {SPAN} by eight rows, got {state.shape[3]}")
     values = (
         qkvz, h, norm, norm_eps, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, eps, conv_state, state,
-        pending, slots, positions, active, num_k_heads, num_v_heads, tiled, defer_norm, eights,
+        pending, slots, positions, active, num_k_heads, num_v_heads, tiled, form,
     )  # fmt: skip
     if qkvz.device.type == "cpu":
         return delta_decode_ref(*values)
@@ -195,17 +195,18 @@ def _decode_cpu(*values: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 def _decode_fake(qkvz: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    state, num_v_heads, defer_norm, eights = rest[10], rest[16], rest[18], rest[19]
+    state, num_v_heads, form = rest[10], rest[16], rest[18]
     assert isinstance(state, torch.Tensor)
     assert isinstance(num_v_heads, int)
     rows, columns = qkvz.shape[0], num_v_heads * state.shape[3]
-    if eights:
+    if form == "eights":
         shape = ((rows + 7) // 8, num_v_heads)
         factors = qkvz.new_empty((*shape, 8, 2), dtype=torch.float32)
         return qkvz.new_empty((*shape, 8 * SPAN), dtype=torch.int8), factors.new_empty(0), factors
-    y = qkvz.new_empty((rows, columns), dtype=torch.int8 if defer_norm else qkvz.dtype)
-    squares = qkvz.new_empty((rows, num_v_heads, PARTS) if defer_norm else (0,), dtype=torch.float32)
-    return y, squares, qkvz.new_empty((rows, columns // 32) if defer_norm else (0,), dtype=torch.float32)
+    rounded = form == "rounded"
+    y = qkvz.new_empty((rows, columns), dtype=torch.int8 if rounded else qkvz.dtype)
+    squares = qkvz.new_empty((rows, num_v_heads, PARTS) if rounded else (0,), dtype=torch.float32)
+    return y, squares, qkvz.new_empty((rows, columns // 32) if rounded else (0,), dtype=torch.float32)
 
 
 def _prefill_fake(qkvz: torch.Tensor, *rest: object) -> torch.Tensor:
@@ -220,8 +221,8 @@ _ARGUMENTS = (
     " Tensor(c!) pending, Tensor slots, Tensor positions"
 )
 _delta_decode = register(
-    f"delta_decode({_ARGUMENTS}, Tensor? active, int num_k_heads, int num_v_heads, bool tiled, bool defer_norm,"
-    " bool eights, bool prefetch) -> (Tensor, Tensor, Tensor)",
+    f"delta_decode({_ARGUMENTS}, Tensor? active, int num_k_heads, int num_v_heads, bool tiled, str form,"
+    " bool prefetch) -> (Tensor, Tensor, Tensor)",
     reference=_decode_cpu,
     kernel="ostinato.kernels.delta.decode.triton:delta_decode",
     fake=_decode_fake,

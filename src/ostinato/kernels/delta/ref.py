@@ -16,6 +16,7 @@ from ostinato.kernels.block_linear.eights import SPAN, by_eights
 from ostinato.kernels.rms_norm.ref import quantize_rows_ref, rms_norm_ref
 
 L2_EPS = 1e-6  # added to the sum of squares of a query or key before its root
+FORMS = ("plain", "rounded", "eights")  # of what ``delta_decode`` returns
 PARTS = 4  # the programs that may share a head, each with its sum of squares
 
 
@@ -39,8 +40,7 @@ def delta_decode_ref(
     num_k_heads: int,
     num_v_heads: int,
     tiled: bool,
-    defer_norm: bool,
-    eights: bool = False,
+    form: str = "plain",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What ``delta_decode`` means: each row is the next token of its own slot."""
     beta, decay = gates_ref(h, norm, norm_eps, beta_alpha, a_log, dt_bias)
@@ -59,16 +59,16 @@ def delta_decode_ref(
         rows.append(o)
     o = torch.cat(rows)
     gate = F.silu(qkvz[:, conv_weight.shape[1] :].float()).view_as(o)
-    if not defer_norm:
-        y = rms_norm_ref(o, gate_norm, eps, torch.float32) * gate
-        if eights:
-            y, factors = by_eights(*quantize_rows_ref(y.flatten(1), SPAN))
-            return y, o.new_empty(0), factors
-        return y.flatten(1).to(qkvz.dtype), o.new_empty(0), o.new_empty(0)
-    squares = o.new_zeros(*o.shape[:2], PARTS)
-    squares[..., 0] = o.square().sum(-1)
-    y, scale = quantize_rows_ref((o * gate_norm * gate).flatten(1))
-    return y, squares, scale
+    if form == "rounded":
+        squares = o.new_zeros(*o.shape[:2], PARTS)
+        squares[..., 0] = o.square().sum(-1)
+        y, scale = quantize_rows_ref((o * gate_norm * gate).flatten(1))
+        return y, squares, scale
+    y = (rms_norm_ref(o, gate_norm, eps, torch.float32) * gate).flatten(1)
+    if form == "eights":
+        y, factors = by_eights(*quantize_rows_ref(y, SPAN))
+        return y, o.new_empty(0), factors
+    return y.to(qkvz.dtype), o.new_empty(0), o.new_empty(0)
 
 
 def delta_prefill_ref(

@@ -25,8 +25,8 @@ def rows_times_rows(a, b, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def mma(a0, a1, a2, a3, b0, b1, SHAPE: tl.constexpr):
-    """Sums over a group of 16 rows of W by 8 rows of x, a warp at a time.
+def mma_onto(c, a0, a1, a2, a3, b0, b1, SHAPE: tl.constexpr):
+    """The four int32 sums ``c`` plus those over a group of 16 rows of W by 8 rows of x, a warp at a time.
 
     a0, a2: lower and upper quads of rows 0 … 7 of W; a1, a3: of rows 8 … 15. b0, b1: lower and upper quads of x.
     Thread (r, j) gets rows r and r + 8 of W by rows 2j and 2j + 1 of x: (r, 2j), (r, 2j + 1), (r + 8, 2j),
@@ -42,20 +42,24 @@ def mma(a0, a1, a2, a3, b0, b1, SHAPE: tl.constexpr):
         pairs: tl.constexpr = (SHAPE[0], SHAPE[1], SHAPE[2], 8, 4, 2)
         c0, c1 = tl.split(tl.reshape(rows_times_rows(a0, b0, SHAPE) + rows_times_rows(a2, b1, SHAPE), pairs))
         c2, c3 = tl.split(tl.reshape(rows_times_rows(a1, b0, SHAPE) + rows_times_rows(a3, b1, SHAPE), pairs))
-        return c0, c1, c2, c3
+        return c[0] + c0, c[1] + c1, c[2] + c2, c[3] + c3
     else:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 z;
-            mov.b32 z, 0;
-            mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {z, z, z, z};
-            }""",
-            "=r,=r,=r,=r,r,r,r,r,r,r",
-            [a0, a1, a2, a3, b0, b1],
+            """mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32
+            {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};""",
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+            [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def mma(a0, a1, a2, a3, b0, b1, SHAPE: tl.constexpr):
+    """``mma_onto`` nothing."""
+    zero = tl.zeros(SHAPE, tl.int32)
+    return mma_onto((zero, zero, zero, zero), a0, a1, a2, a3, b0, b1, SHAPE)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.kernels.block_linear.batch.triton import rows_times_rows
+from ostinato.kernels.block_linear.batch.triton import mma_onto
 from ostinato.kernels.triton import INTERPRETED, gate_times_up, load_halves, load_word, load_words, trigger, wait
 
 # Sums start from the bits of this float, 1.5 * 2**23: read as a float they are then off by exactly so much.
@@ -75,32 +75,6 @@ def load_two(pointer, inside):
             "=&r,=&r,l,r",
             [pointer, inside.to(tl.int32)],
             dtype=(tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def mma_onto(c, a0, a1, a2, a3, b0, b1, SHAPE: tl.constexpr):
-    """The four int32 sums ``c`` plus 16 rows of W by 8 rows of x, a warp at a time; operands as ``batch``'s ``mma``."""
-    a0 = tl.broadcast_to(a0, SHAPE)
-    a1 = tl.broadcast_to(a1, SHAPE)
-    a2 = tl.broadcast_to(a2, SHAPE)
-    a3 = tl.broadcast_to(a3, SHAPE)
-    b0 = tl.broadcast_to(b0, SHAPE)
-    b1 = tl.broadcast_to(b1, SHAPE)
-    if INTERPRETED:
-        pairs: tl.constexpr = (SHAPE[0], SHAPE[1], SHAPE[2], 8, 4, 2)
-        c0, c1 = tl.split(tl.reshape(rows_times_rows(a0, b0, SHAPE) + rows_times_rows(a2, b1, SHAPE), pairs))
-        c2, c3 = tl.split(tl.reshape(rows_times_rows(a1, b0, SHAPE) + rows_times_rows(a3, b1, SHAPE), pairs))
-        return c[0] + c0, c[1] + c1, c[2] + c2, c[3] + c3
-    else:
-        return tl.inline_asm_elementwise(
-            """mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32
-            {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};""",
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-            [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=False,
             pack=1,
         )

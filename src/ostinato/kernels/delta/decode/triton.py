@@ -284,15 +284,15 @@ def _delta_decode_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """parts: programs that share a head (with ``defer_norm``), 1, 2 or 4. warps: of a program."""
+    """parts: programs that share a head (of a ``rounded`` result), 1, 2 or 4. warps: of a program."""
 
     parts: int
     warps: int
 
 
-def choose(rows: int, heads: int, value_dim: int, defer_norm: bool, multiprocessors: int) -> Tiling:
+def choose(rows: int, heads: int, value_dim: int, form: str, multiprocessors: int) -> Tiling:
     """As measured in docs/performance/kernels_delta.md. A program rounds whole groups of 32 columns."""
-    parts = PARTS if defer_norm else 1
+    parts = PARTS if form == "rounded" else 1
     width = triton.next_power_of_2(value_dim)
     while parts > 1 and (rows * heads * parts > 2 * multiprocessors or width // parts < 32):
         parts //= 2
@@ -319,8 +319,7 @@ def delta_decode(
     num_k_heads: int,
     num_v_heads: int,
     tiled: bool,
-    defer_norm: bool,
-    eights: bool,
+    form: str,
     prefetch: bool,
     tiling: Tiling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -329,7 +328,8 @@ def delta_decode(
     key_dim, value_dim = state.shape[2:]
     if hidden % 4:
         raise KernelError(f"delta_decode on a GPU takes a hidden size that is a multiple of 4, got {hidden}")
-    chosen = tiling or choose(rows, num_v_heads, value_dim, defer_norm, num_multiprocessors(qkvz.device))
+    chosen = tiling or choose(rows, num_v_heads, value_dim, form, num_multiprocessors(qkvz.device))
+    rounded, eights = form == "rounded", form == "eights"
     lanes = 32 * chosen.warps
     device, columns = qkvz.device, num_v_heads * value_dim
     if eights:
@@ -339,9 +339,9 @@ def delta_decode(
         y = make((*shape, 8 * SPAN), dtype=torch.int8, device=device)
         scale = make((*shape, 8, 2), dtype=torch.float32, device=device)
     else:
-        y = torch.empty((rows, columns), dtype=torch.int8 if defer_norm else qkvz.dtype, device=device)
-        scale = torch.empty((rows, columns // 32) if defer_norm else (0,), dtype=torch.float32, device=device)
-    squares = torch.empty((rows, num_v_heads, PARTS) if defer_norm else (0,), dtype=torch.float32, device=device)
+        y = torch.empty((rows, columns), dtype=torch.int8 if rounded else qkvz.dtype, device=device)
+        scale = torch.empty((rows, columns // 32) if rounded else (0,), dtype=torch.float32, device=device)
+    squares = torch.empty((rows, num_v_heads, PARTS) if rounded else (0,), dtype=torch.float32, device=device)
     _delta_decode_kernel[(num_v_heads * chosen.parts, rows)](
         qkvz,
         h,
@@ -375,7 +375,7 @@ def delta_decode(
         W=conv_weight.shape[0],
         SHARERS=chosen.parts,
         TILED=tiled,
-        DEFER=defer_norm,
+        DEFER=rounded,
         EIGHTS=eights,
         HAS_ACTIVE=active is not None,
         PREFETCH=prefetch,
