@@ -12,9 +12,10 @@ collect_ignore_glob = [] if torch.cuda.is_available() else ["*"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """PyTorch says once a process that the mode which these tests turn on is a prototype; that is no news."""
+    """Mark the tests of this folder, and drop what PyTorch says once of a mode that they turn on: it is a prototype."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
             item.add_marker(pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"))
 
 

@@ -17,7 +17,6 @@ from ostinato.models.interface import Model
 from ostinato.sampling import SamplingParams
 from tests.gpu.models.checkpoints import CUDA, FAMILIES, VOCAB, Spec, build, random_ids
 
-pytestmark = pytest.mark.gpu
 CONTEXT = 1024
 FAST = Spec("llama", "llama", {"max_position_embeddings": CONTEXT}, "Q4_1")
 EXACT = Spec("qwen3", "qwen3", {"head_dim": 64, "max_position_embeddings": CONTEXT})

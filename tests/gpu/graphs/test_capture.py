@@ -22,7 +22,6 @@ from ostinato.graphs import (
     capture,
 )
 
-pytestmark = pytest.mark.gpu
 DEVICES = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 CUDA = torch.device("cuda", 0)
 

@@ -14,7 +14,6 @@ import torch
 from ostinato.errors import CaptureError, CaptureRefusedError, ReplayMismatchError, StaleInputError
 from ostinato.graphs import Breaks, GraphPool, StaticBuffers, capture
 
-pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
 
 

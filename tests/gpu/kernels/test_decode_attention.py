@@ -14,8 +14,6 @@ from ostinato.kernels.rope import rope_append
 
 from ...unit.kernels.paged import fp8, inputs
 
-pytestmark = pytest.mark.gpu
-
 # name: query heads, kv heads, head size, rotary size, norms
 MODELS = {
     "smollm2": (9, 3, 64, 64, False),

@@ -8,8 +8,6 @@ from ostinato.kernels.delta.ref import delta_decode_ref, delta_prefill_ref
 
 from ...unit.kernels.deltas import arguments, copied, distance, int32, rows_of, settled, with_past
 
-pytestmark = pytest.mark.gpu
-
 # float32 sums of up to 2,048 products in another order, carried from token to token.
 FLOAT32 = 2e-5
 # One rounding to bfloat16, 2^-9 at random, and products of tf32, 2^-11 each.

@@ -5,8 +5,6 @@ import torch
 
 from ostinato.sampling import SamplerState, SamplingParams
 
-pytestmark = pytest.mark.gpu
-
 ROWS = [
     SamplingParams(temperature=0.0, logprobs=20),
     SamplingParams(temperature=0.8, seed=1),

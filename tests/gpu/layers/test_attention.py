@@ -9,7 +9,6 @@ from ostinato.layers.linear import Linear
 
 from ...unit.layers.test_attention import layer, one_row
 
-pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 
 

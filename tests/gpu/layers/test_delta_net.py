@@ -11,7 +11,6 @@ from ostinato.layers.linear import Linear, Norm, RoundedEights
 
 from ...unit.kernels.block_weights import random_weight
 
-pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 HIDDEN, KEYS, VALUES, DIM = 2048, 16, 32, 128
 CHANNELS = (2 * KEYS + VALUES) * DIM

@@ -10,8 +10,6 @@ import torch
 from ostinato.errors import CheckpointError
 from ostinato.load.staging import PIECE_BYTES, staging
 
-pytestmark = pytest.mark.gpu
-
 CUDA = torch.device("cuda", 0)
 
 

@@ -10,8 +10,6 @@ import torch
 from ostinato.quant.blocks import BlockWeight, dequantize
 from tests.gpu.models.checkpoints import CPU, CUDA, FAMILIES, MemorySource, Runs, Spec, build, random_ids
 
-pytestmark = pytest.mark.gpu
-
 QUANTIZED = tuple(
     dataclasses.replace(FAMILIES[index], kind=kind)
     for index, kind in ((0, "Q4_1"), (0, "Q4_K"), (0, "Q6_K"), (2, "Q4_K"), (3, "Q8_0"), (4, "Q5_K"), (4, "Q4_1"))

@@ -29,8 +29,6 @@ from tests.gpu.models.checkpoints import (
     random_ids,
 )
 
-pytestmark = pytest.mark.gpu
-
 QUANTIZED = tuple(
     dataclasses.replace(DELTA_FAMILIES[index], kind=kind)
     for index, kind in (

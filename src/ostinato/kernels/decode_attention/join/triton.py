@@ -55,7 +55,7 @@ def _join_kernel(
     ROUNDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Join COLUMNS columns of the partial results of one query head; one warp, so that nothing waits at a barrier.
+    """Join COLUMNS columns of the partial results of one query head; one warp, or two where there are many.
 
     The gates stand in the last HQ heads of the WIDTH elements of a row of q. ROUNDED: to int8, with a scale for every
     32 columns; rows without a position get zeros.

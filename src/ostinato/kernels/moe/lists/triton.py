@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.kernels.block_linear.batch.triton import mma
+from ostinato.kernels.block_linear.batch.triton import mma_onto
 from ostinato.kernels.moe.experts.triton import block_span
 from ostinato.kernels.moe.route.triton import load_fresh
 from ostinato.kernels.triton import INTERPRETED, gate_times_up, nothing, trigger, wait
@@ -103,24 +103,6 @@ def scale_of(bits, UPPER: tl.constexpr):
 
 
 @triton.jit
-def add_mma(a0, a1, a2, a3, b0, b1, c, SHAPE: tl.constexpr):
-    """The four sums c plus ``mma`` of the others."""
-    if INTERPRETED:
-        found = mma(a0, a1, a2, a3, b0, b1, SHAPE)
-        return c[0] + found[0], c[1] + found[1], c[2] + found[2], c[3] + found[3]
-    else:
-        return tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
-            " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-            [a0, a1, a2, a3, tl.broadcast_to(b0, SHAPE), tl.broadcast_to(b1, SHAPE), c[0], c[1], c[2], c[3]],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
 def load_group(words, b, KT: tl.constexpr):
     """Eight words of group b, of a row and of the row 8 further."""
     w0, w1, w2, w3 = load_streamed(words + b * 16)
@@ -158,7 +140,7 @@ def add_group(acc, tile, scales, x, UPPER: tl.constexpr, SHAPE: tl.constexpr):
     for s in tl.static_range(4):
         a0, a2 = tile[s] & 0x0F0F0F0F, (tile[s] >> 4) & 0x0F0F0F0F
         a1, a3 = tile[4 + s] & 0x0F0F0F0F, (tile[4 + s] >> 4) & 0x0F0F0F0F
-        c = add_mma(a0, a1, a2, a3, x[s], x[4 + s], c, SHAPE)
+        c = mma_onto(c, a0, a1, a2, a3, x[s], x[4 + s], SHAPE)
     d0, m0 = scale_of(scales[0], UPPER), scale_of(scales[1], UPPER)
     d1, m1 = scale_of(scales[2], UPPER), scale_of(scales[3], UPPER)
     return (
