@@ -47,15 +47,21 @@ def _chunk_kernel(
     b = tl.program_id(1)
     row = _row_of(rows, b, ROWS)
     wait(PDL)
-    if tl.load(active + row) == 0:
-        return
+    # At once, and not one after the other: each load that waits for another costs half a microsecond.
+    is_active = tl.load(active + row)
     tokens = c * CHUNK + tl.arange(0, CHUNK)
     inside = tokens < V
     x = tl.load(logits + b.to(tl.int64) * V + tokens, mask=inside, other=float("-inf"))
+    temperature = tl.load(floats + row * NUM_FLOATS + TEMPERATURE)
+    key = tl.load(seed + row)
+    draws = tl.load(counter + row)
+    is_filtered = _is_filtered(row, V, floats, ints)
+    if is_active == 0:
+        return
     value = _values(x, tokens, inside, row, V, floats, ints, logit_bias, token_counts)
     noisy = value
-    if tl.load(floats + row * NUM_FLOATS + TEMPERATURE) >= GREEDY_BELOW:
-        noisy = value + _gumbel(tl.load(seed + row), tl.load(counter + row), tokens)
+    if temperature >= GREEDY_BELOW:
+        noisy = value + _gumbel(key, draws, tokens)
     top, place = tl.max(noisy, 0, return_indices=True, return_indices_tie_break_left=True)
     largest_logit = tl.max(x, 0)
     safe = tl.where(largest_logit == float("-inf"), 0.0, largest_logit)  # -inf - -inf is no number
@@ -67,7 +73,7 @@ def _chunk_kernel(
     tl.store(stats + at + 3, largest_logit)
     tl.store(stats + at + 4, total)
     tl.store(stats + at + 5, tl.sum(tl.where(tl.arange(0, CHUNK) == place, x, 0.0), 0))
-    if _is_filtered(row, V, floats, ints):
+    if is_filtered:
         largest = tl.max(value, 0)
         safe = tl.where(largest == float("-inf"), 0.0, largest)
         tl.store(stats + at + 1, largest)

@@ -92,17 +92,9 @@ def _finish_kernel(
     b = tl.program_id(0)
     row = _row_of(rows, b, ROWS)
     wait(PDL)
+    # At once, and not one after the other: each load that waits for another costs half a microsecond.
     now = tl.load(step + row)
     is_active = tl.load(active + row)
-    tl.store(step + row, now + 1)
-    stamp = (now + 1).to(tl.int64) << 32
-    entry = ring + ((now % RING).to(tl.int64) * S + row) * 2
-    if is_active == 0:
-        tl.store(sampled + row, -1)
-        tl.store(entry, stamp | NO_TOKEN)
-        tl.store(entry + 1, stamp)
-        return
-
     c = tl.arange(0, NCP)
     at = stats + (b * NC + c) * 6
     noisy = tl.load(at, mask=c < NC, other=float("-inf"))
@@ -114,9 +106,21 @@ def _finish_kernel(
     stops = tl.load(stop_ids + row * MAX_STOP_IDS + tl.arange(0, MAX_STOP_IDS))
     position = tl.load(positions + row)
     draws = tl.load(counter + row)
+    is_filtered = _is_filtered(row, V, floats, ints)
+    wanted = tl.load(ints + row * NUM_INTS + NUM_LOGPROBS)
+    uses_counts = tl.load(ints + row * NUM_INTS + USE_COUNTS)
+    tl.store(step + row, now + 1)
+    stamp = (now + 1).to(tl.int64) << 32
+    entry = ring + ((now % RING).to(tl.int64) * S + row) * 2
+    if is_active == 0:
+        tl.store(sampled + row, -1)
+        tl.store(entry, stamp | NO_TOKEN)
+        tl.store(entry + 1, stamp)
+        return
+
     largest_logit = tl.max(maxima, 0)
     normalizer = largest_logit + tl.log(tl.sum(sums * tl.exp(maxima - largest_logit), 0))
-    if _is_filtered(row, V, floats, ints):
+    if is_filtered:
         top_k = tl.load(ints + row * NUM_INTS + TOP_K)
         top_p = tl.load(floats + row * NUM_FLOATS + TOP_P)
         min_p = tl.load(floats + row * NUM_FLOATS + MIN_P)
@@ -144,7 +148,6 @@ def _finish_kernel(
     tl.store(entry + 1, stamp | _bits(value))
     tl.store(sampled + row, token)
     tl.store(logprob + row, value)
-    wanted = tl.load(ints + row * NUM_INTS + NUM_LOGPROBS)
     if wanted > 0:
         top_entry = top_ring + ((now % RING).to(tl.int64) * S + row) * MAX_LOGPROBS * 2
         _top_logprobs(logits, b, V, stats, normalizer, wanted, top_entry, stamp, NC, NCP, CHUNK)
@@ -152,7 +155,7 @@ def _finish_kernel(
     tl.store(next_tokens + row, token)
     tl.store(positions + row, position + 1)
     tl.store(counter + row, draws + 1)
-    if tl.load(ints + row * NUM_INTS + USE_COUNTS) != 0:
+    if uses_counts != 0:
         count_at = token_counts + row.to(tl.int64) * V + token
         tl.store(count_at, tl.load(count_at) + 1)
     tl.store(remaining + row, remaining_now)
