@@ -64,7 +64,7 @@ class Blocks:
         gate_up, down = self.stacks[layer % len(self.stacks)]
         return moe.moe_block(
             h, self.norm, 1e-6, self.routers[layer], self.gate, *_operands(gate_up), *_operands(down), self.experts,
-            TOP_K, True, True, next_norm, tiles,
+            TOP_K, True, True, next_norm, None, None, None, None, tiles,
         )[0]  # fmt: skip
 
     def us(self, m: int, tiles: MoeTiles | None, replays: int = 7, *, hands_down: bool = False) -> float:

@@ -49,6 +49,17 @@ class Attention:
 
         row: norm(h) where the layer before has rounded it.
         """
+        return self.output(self.mix(h, batch, kv, activation, row), h)
+
+    def mix(
+        self,
+        h: torch.Tensor,
+        batch: Batch,
+        kv: LayerKV,
+        activation: torch.dtype,
+        row: RoundedRow | None = None,
+    ) -> torch.Tensor | RoundedRow:
+        """All before the output product; arguments as for a call. What ``output`` takes."""
         if row is None:
             qkv = self.qkv(h, norm=self.norm, out_dtype=activation)
         else:
@@ -76,35 +87,38 @@ class Attention:
                 # The embedding starts a step with a full dependency, and positions advance at the step's end alone.
                 prefetch=True,
             )
-            if rounded:
-                return self.out.of_rounded(RoundedRow(attended, scale, None, 0.0), residual=h)
-        else:
-            q = rope_append(
-                qkv,
-                *place,
-                q_norm,
-                k_norm,
-                eps,
-                num_heads=self.num_heads,
-                num_kv_heads=self.spec.num_kv_heads,
-                k_scale=kv.k_scale,
-                v_scale=kv.v_scale,
-                gated=self.gated,
-            )
-            attended = prefill_attention(
-                q,
-                kv.k,
-                kv.v,
-                kv.page_table,
-                batch.slots,
-                batch.positions,
-                scale=self.scale,
-                window=self.window,
-                k_scale=kv.k_scale,
-                v_scale=kv.v_scale,
-                gate=qkv[:, -self.num_heads * self.spec.head_dim :] if self.gated else None,
-            )
-        return self.out(attended, residual=h)
+            return RoundedRow(attended, scale, None, 0.0) if rounded else attended
+        q = rope_append(
+            qkv,
+            *place,
+            q_norm,
+            k_norm,
+            eps,
+            num_heads=self.num_heads,
+            num_kv_heads=self.spec.num_kv_heads,
+            k_scale=kv.k_scale,
+            v_scale=kv.v_scale,
+            gated=self.gated,
+        )
+        return prefill_attention(
+            q,
+            kv.k,
+            kv.v,
+            kv.page_table,
+            batch.slots,
+            batch.positions,
+            scale=self.scale,
+            window=self.window,
+            k_scale=kv.k_scale,
+            v_scale=kv.v_scale,
+            gate=qkv[:, -self.num_heads * self.spec.head_dim :] if self.gated else None,
+        )
+
+    def output(self, result: torch.Tensor | RoundedRow, h: torch.Tensor) -> torch.Tensor:
+        """The output product of what ``mix`` returned, added to h."""
+        if isinstance(result, RoundedRow):
+            return self.out.of_rounded(result, residual=h)
+        return self.out(result, residual=h)
 
     def _rounds(self, h: torch.Tensor) -> bool:
         """Whether a decode step's attention should round its rows for the output product."""

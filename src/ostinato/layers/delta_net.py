@@ -49,11 +49,22 @@ class DeltaNet:
 
         row: norm(h) where the layer before has rounded it.
         """
+        return self.output(self.mix(h, batch, state, activation, row), h)
+
+    def mix(
+        self,
+        h: torch.Tensor,
+        batch: Batch,
+        state: RecurrentState,
+        activation: torch.dtype,
+        row: RoundedRow | None = None,
+    ) -> torch.Tensor | RoundedRow | RoundedEights:
+        """All before the output product; arguments as for a call. What ``output`` takes."""
         if row is None:
             qkvz = self.in_proj(h, norm=self.norm, out_dtype=activation)
         else:
             qkvz = self.in_proj.of_rounded(row, out_dtype=activation)
-        return self.output(self.rule(qkvz, h, batch, state), h)
+        return self.rule(qkvz, h, batch, state)
 
     def rule(
         self, qkvz: torch.Tensor, h: torch.Tensor, batch: Batch, state: RecurrentState

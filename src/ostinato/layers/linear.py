@@ -11,6 +11,7 @@ from ostinato.kernels.block_linear import block_linear, eights_linear, int8_line
 from ostinato.kernels.dense_linear import dense_linear
 from ostinato.kernels.gated import gated_activation
 from ostinato.kernels.rms_norm import rms_norm
+from ostinato.kernels.routed_linear import routed_linear
 from ostinato.quant.blocks import BlockWeight, dequantize, join_rows
 from ostinato.quant.cpu import CpuInt4Weight, CpuInt8Weight, pack_for_cpu
 
@@ -36,6 +37,28 @@ class RoundedRow:
     scale: torch.Tensor
     squares: torch.Tensor | None
     eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedRow:
+    """What ``routed_linear`` makes of a row beside it for a mixture of experts, as ``moe_block`` takes it."""
+
+    x: torch.Tensor
+    scale: torch.Tensor
+    squares: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """What an output product needs for the experts behind it.
+
+    norm: float32 [N]. router: [R, N], the shared gate's row behind the router's. folded: float16 [R, K].
+    """
+
+    norm: torch.Tensor
+    router: torch.Tensor
+    folded: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +214,16 @@ class Linear:
         return int8_linear(
             row.x, row.scale, weight, squares=row.squares, eps=row.eps, residual=residual, out_dtype=out_dtype
         )
+
+    def of_routed(self, row: RoundedRow, residual: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, RoutedRow]:
+        """``of_rounded`` of one row, float32 [1, N], with what the experts behind it take in place of their router."""
+        weight = self.block_weight
+        assert weight is not None, "rows are rounded for one matrix of blocks alone"
+        out, *routed = routed_linear(
+            row.x, row.scale, weight, residual=residual, norm=routing.norm, router=routing.router,
+            folded=routing.folded, squares=row.squares, eps=row.eps,
+        )  # fmt: skip
+        return out, RoutedRow(*routed)
 
     def of_eights(self, rows: RoundedEights, *, residual: torch.Tensor | None = None) -> torch.Tensor:
         """``of_rounded`` for rows by eight: float32 [M, N]."""

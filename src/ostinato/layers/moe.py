@@ -8,7 +8,8 @@ import torch
 
 from ostinato.errors import UnsupportedModelError
 from ostinato.kernels.moe import hands_down, moe_block
-from ostinato.layers.linear import Linear, Norm, RoundedRow, Target, linear, weight_bytes
+from ostinato.kernels.routed_linear import fold_router
+from ostinato.layers.linear import Linear, Norm, RoundedRow, RoutedRow, Routing, Target, linear, weight_bytes
 from ostinato.quant.blocks import BlockKind, BlockWeight, dequantize
 
 ExpertWeights = BlockWeight | torch.Tensor
@@ -53,11 +54,16 @@ class MoE:
     shared: SharedExpert | None
 
     def __call__(
-        self, h: torch.Tensor, activation: torch.dtype, next_norm: Norm | None = None
+        self,
+        h: torch.Tensor,
+        activation: torch.dtype,
+        next_norm: Norm | None = None,
+        routed: RoutedRow | None = None,
     ) -> tuple[torch.Tensor, RoundedRow | None]:
         """h: float32 [M, H] → float32 [M, H]; ``activation`` is the dtype between products.
 
         With the norm that follows, where ``hands_down``, also what ``Linear.of_rounded`` takes in place of its result.
+        routed: what ``Linear.of_routed`` made of h for this block's ``routing``.
         """
         out, x, scale, squares = moe_block(
             h,
@@ -72,6 +78,7 @@ class MoE:
             shared_gate=self.shared_gate,
             has_shared=self.shared_gate is not None,
             next_norm=None if next_norm is None else next_norm.weight,
+            routed=None if routed is None else (routed.x, routed.scale, routed.squares, routed.logits),
         )
         if next_norm is not None:
             assert self.shared is None, "the row would lack the shared expert's part"
@@ -81,6 +88,19 @@ class MoE:
     def hands_down(self, rows: int) -> bool:
         """Whether a call for so many rows takes a ``next_norm``."""
         return self.shared is None and hands_down(rows, self.gate_up, self.down)
+
+    def routing(self, out: Linear) -> Routing | None:
+        """What the product ``out`` before this block needs to do the router's work for one row on a GPU.
+
+        None where it cannot: unless both are block weights there, and float16 holds the folded matrix.
+        """
+        weight = out.block_weight
+        if weight is None or weight.device.type != "cuda" or not self.hands_down(1) or weight.shape[0] % 32:
+            return None
+        rows = (self.router,) if self.shared_gate is None else (self.router, self.shared_gate.view(1, -1))
+        router = torch.cat(rows)
+        folded = fold_router(router, self.norm.weight, weight)
+        return Routing(self.norm.weight, router, folded) if bool(folded.isfinite().all()) else None
 
     def expected_bytes(self, num_rows: int) -> int:
         """Bytes of weights that ``num_rows`` tokens read when every expert is as likely as another."""

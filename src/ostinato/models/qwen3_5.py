@@ -21,7 +21,7 @@ from ostinato.layers.attention import Attention
 from ostinato.layers.batch import Batch
 from ostinato.layers.delta_net import DeltaNet
 from ostinato.layers.embedding import place_embedding
-from ostinato.layers.linear import Linear, Norm, RoundedRow, Target, weight_bytes
+from ostinato.layers.linear import Linear, Norm, RoundedEights, RoundedRow, RoutedRow, Routing, Target, weight_bytes
 from ostinato.layers.mlp import GatedMLP
 from ostinato.layers.moe import ExpertStack, MoE, SharedExpert
 from ostinato.layers.rope import Rope, make_rope
@@ -57,8 +57,22 @@ class Qwen35Config(Qwen35Sizes):
 
 @dataclass(frozen=True, eq=False)
 class Qwen35DecoderLayer:
+    """routing: with which the mixer's output product does the work of the experts' router, for one row on a GPU."""
+
     mixer: Attention | DeltaNet
     mlp: GatedMLP | MoE
+    routing: Routing | None = None
+
+    def output(
+        self, mixed: torch.Tensor | RoundedRow | RoundedEights, h: torch.Tensor
+    ) -> tuple[torch.Tensor, RoutedRow | None]:
+        """The mixer's output product of ``mixed``, added to h, and what spares the experts their router."""
+        if self.routing is not None and isinstance(mixed, RoundedRow) and h.shape[0] == 1:
+            return self.mixer.out.of_routed(mixed, h, self.routing)
+        if isinstance(self.mixer, Attention):
+            assert not isinstance(mixed, RoundedEights)
+            return self.mixer.output(mixed, h), None
+        return self.mixer.output(mixed, h), None
 
 
 def handed_norm(mlp: MoE, following: Qwen35DecoderLayer | None, batch: Batch) -> Norm | None:
@@ -111,15 +125,17 @@ class Qwen35ForCausalLM:
         h = embed(batch.tokens, self.embed, out_dtype=torch.float32)
         row: RoundedRow | None = None
         for layer, following, kept in zip(self.layers, (*self.layers[1:], None), kv, strict=True):
+            mixed: torch.Tensor | RoundedRow | RoundedEights
             if isinstance(layer.mixer, DeltaNet):
                 assert isinstance(kept, RecurrentState)
-                h = layer.mixer(h, batch, kept, self.activation, row)
+                mixed = layer.mixer.mix(h, batch, kept, self.activation, row)
             else:
                 assert isinstance(kept, LayerKV)
-                h = layer.mixer(h, batch, kept, self.activation, row)
+                mixed = layer.mixer.mix(h, batch, kept, self.activation, row)
+            h, routed = layer.output(mixed, h)
             if isinstance(layer.mlp, MoE):
                 next_norm = handed_norm(layer.mlp, following, batch)
-                h, row = layer.mlp(h, self.activation, next_norm)
+                h, row = layer.mlp(h, self.activation, next_norm, routed)
             else:
                 h, row = layer.mlp(h, self.activation), None
         if rows is not None:
@@ -164,7 +180,8 @@ class _Builder:
         mixer = self._attention(p) if self.config.full_attention[index] else self._delta_net(p)
         norm = self._norm(f"{p}post_attention_layernorm.weight")
         if self.config.sparse[index]:
-            return Qwen35DecoderLayer(mixer, self._moe(p, norm))
+            moe = self._moe(p, norm)
+            return Qwen35DecoderLayer(mixer, moe, moe.routing(mixer.out))
         gate_up = self._join(f"{p}mlp.gate_proj.weight", f"{p}mlp.up_proj.weight")
         return Qwen35DecoderLayer(mixer, GatedMLP(norm, gate_up, self._join(f"{p}mlp.down_proj.weight")))
 

@@ -7,6 +7,7 @@ op would call the reference.
 
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -39,3 +40,19 @@ def interpreter_reads_bounds() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_and_mend
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote is seen: room is made full of NaN, or of -77."""
+
+    empty = torch.empty
+
+    def full_of_poison(*arguments: Any, **options: Any) -> torch.Tensor:
+        made = empty(*arguments, **options)
+        return made.fill_(torch.nan if made.is_floating_point() else -77)
+
+    monkeypatch.setattr(torch, "empty", full_of_poison)
+    monkeypatch.setattr(
+        torch, "empty_like", lambda like: full_of_poison(like.shape, dtype=like.dtype, device=like.device)
+    )

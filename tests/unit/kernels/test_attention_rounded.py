@@ -45,18 +45,6 @@ def assert_rounds(got: tuple[torch.Tensor, torch.Tensor], expected: torch.Tensor
     assert (error <= scale[..., None] * 0.5 * (1 + 1e-5) + tolerance * (1 + wide.abs())).all()
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a launcher allocates holds NaN, or 77, until a kernel writes it."""
-    empty = torch.empty
-
-    def poison(*args: object, **options: object) -> torch.Tensor:
-        found = empty(*args, **options)
-        return found.fill_(torch.nan if found.is_floating_point() else 77)
-
-    monkeypatch.setattr(torch, "empty", poison)
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("splits", "columns"), [(1, 64), (2, 16), (70, 32)])
 @pytest.mark.parametrize("position", ["random", 0, 16, 44])

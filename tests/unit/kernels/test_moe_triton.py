@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ostinato.errors import KernelError
-from ostinato.kernels.moe import _operands
+from ostinato.kernels.moe import _operands, moe_block
 from ostinato.kernels.moe.ref import hand_down_ref, moe_block_ref
 from ostinato.kernels.registry import load
 from ostinato.quant.blocks import KINDS
@@ -18,11 +18,13 @@ def tiles(**fields):
                     "down_warps": 1, "router_tokens": 2, "tokens": 2, **fields})  # fmt: skip
 
 
-def launch_all(case: MoeCase, chosen=None, next_norm: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+def launch_all(
+    case: MoeCase, chosen=None, next_norm: torch.Tensor | None = None, routed=(None,) * 4
+) -> tuple[torch.Tensor, ...]:
     kernel = load("ostinato.kernels.moe.triton:moe_block")
     return kernel(
         case.h, case.norm, case.eps, case.router, case.shared_gate, *_operands(case.gate_up), *_operands(case.down),
-        case.num_experts, case.top_k, case.normalize, case.has_shared, next_norm, chosen,
+        case.num_experts, case.top_k, case.normalize, case.has_shared, next_norm, *routed, chosen,
     )  # fmt: skip
 
 
@@ -137,22 +139,6 @@ def test_equal_logits_go_to_the_lower_expert(device):
     assert (change - expected).norm() < 2e-2 * expected.norm()
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that nobody wrote is seen: room is made full of NaN, or of -77."""
-
-    empty = torch.empty
-
-    def full_of_poison(*arguments, **options):
-        made = empty(*arguments, **options)
-        return made.fill_(torch.nan if made.is_floating_point() else -77)
-
-    monkeypatch.setattr(torch, "empty", full_of_poison)
-    monkeypatch.setattr(
-        torch, "empty_like", lambda like: full_of_poison(like.shape, dtype=like.dtype, device=like.device)
-    )
-
-
 def assert_handed(found: tuple[torch.Tensor, ...], next_norm: torch.Tensor) -> None:
     """What was handed on is the model's of the kernel's own result."""
     out, x, scale, squares = found
@@ -184,6 +170,49 @@ def test_the_row_is_rounded_for_the_next_product(fields, sizes, device, poisoned
     found = launch_all(case, tiles(**fields), next_norm)
     assert_close(found[0], case)
     assert_handed(found, next_norm)
+
+
+def routed_by_hand(case: MoeCase) -> tuple[torch.Tensor, ...]:
+    """What ``routed_linear`` makes of h beside it."""
+    rows = [case.router] if case.shared_gate is None else [case.router, case.shared_gate.view(1, -1)]
+    return *hand_down_ref(case.h, case.norm), (case.h * case.norm) @ torch.cat(rows).float().T
+
+
+ROUTED = {
+    "plain": ({}, {}),
+    "more experts than threads": ({}, {"num_experts": 37, "top_k": 3}),
+    "softmax over all, no shared": ({}, {"normalize": False, "has_shared": False}),
+    "shared without a gate": ({"early": False}, {"gated_shared": False}),
+    "picks side by side": ({"down_rows": 8, "together": 2}, {"width": 256, "hidden": 32}),
+}
+
+
+@pytest.mark.parametrize("hands_down", [False, True])
+@pytest.mark.parametrize(("fields", "sizes"), ROUTED.values(), ids=ROUTED)
+def test_a_row_that_is_routed_already(fields, sizes, hands_down, device, poisoned):
+    """As if the router had run: the same experts and weights, from logits that lack the norm's root."""
+    case = random_case(1, device, **{"hidden": 96, "num_experts": 5, "top_k": 2, **sizes})
+    next_norm = torch.randn(case.h.shape[1], device=device) if hands_down else None
+    found = launch_all(case, tiles(**fields), next_norm, routed_by_hand(case))
+    assert_close(found[0], case)
+    if next_norm is not None:
+        assert_handed(found, next_norm)
+
+
+def test_what_is_routed_must_fit(device):
+    case = random_case(1, device, hidden=96)
+    x, scale, squares, logits = routed_by_hand(case)
+    for name, wrong in (
+        ("x", (x[:, 1:], scale, squares, logits)),
+        ("scale", (x, scale.double(), squares, logits)),
+        ("squares", (x, scale, squares[0], logits)),
+        ("logits", (x, scale, squares, logits[:, 1:])),
+    ):
+        with pytest.raises(KernelError, match=f"contiguous routed {name} "):
+            moe_block(case.h, **case.arguments(), routed=wrong)
+    several = random_case(2, device, hidden=96)
+    with pytest.raises(KernelError, match="takes routed for one row"):
+        moe_block(several.h, **several.arguments(), routed=routed_by_hand(several))
 
 
 def test_columns_of_zeros_are_handed_on_as_zeros(device):

@@ -22,7 +22,10 @@ from ostinato.quant.blocks import BlockWeight
 
 __all__ = ["hands_down", "moe_block"]
 
+ROUTED = ("x", "scale", "squares", "logits")
+
 Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def hands_down(rows: int, gate_up: Stack, down: Stack) -> bool:
@@ -45,6 +48,7 @@ def moe_block(
     shared_gate: torch.Tensor | None = None,
     has_shared: bool = False,
     next_norm: torch.Tensor | None = None,
+    routed: Routed | None = None,
 ) -> Results:
     """h + Σ_k w_k · down_k(silu(gate_k x̂) · up_k x̂) + w_shared · shared(x̂) with x̂ = rms_norm(h, norm, eps).
 
@@ -59,12 +63,16 @@ def moe_block(
     out * next_norm as int8 [1, H] with a scale float32 [1, H/16] for 16 columns, and squares float32 [1, 1, H/16] are
     the sums of out² over them. Only where ``hands_down``.
 
+    routed: what ``routed_linear`` made of h beside it: h * norm as int8 [1, H], its scale [1, H/16], the squares
+    [1, 1, H/16] and the logits [1, E], or [1, E + 1] with a shared_gate, both without 1 / rms(h). The router then does
+    not run. Only where ``hands_down``.
+
     On a GPU up to 64 rows are rounded to int8, 4 to 128 columns to a scale, before products with block weights, and
     more are rounded to bfloat16; logits and sums are float32. Logits that agree in their upper 32 - log2(E) bits may
     count as equal when experts are chosen; of equal ones the lower number wins. Dense stacks are multiplied in float32.
     """
     gate = None if shared_gate is None else shared_gate.reshape(-1)
-    _check(h, norm, router, gate_up, down, num_experts, top_k, gate, has_shared, next_norm)
+    _check(h, norm, router, gate_up, down, num_experts, top_k, gate, has_shared, next_norm, routed)
     if h.device.type == "cpu":
         out = moe_block_ref(
             h, norm=norm, eps=eps, router=router, gate_up=gate_up, down=down, num_experts=num_experts, top_k=top_k,
@@ -73,7 +81,7 @@ def moe_block(
         return out, *_handed_cpu(out, next_norm)
     result: Results = _moe_block(
         h, norm, eps, router, gate, *_operands(gate_up), *_operands(down), num_experts, top_k, normalize, has_shared,
-        next_norm,
+        next_norm, *(routed or (None, None, None, None)),
     )  # fmt: skip
     return result
 
@@ -89,6 +97,7 @@ def _check(
     gate: torch.Tensor | None,
     has_shared: bool,
     next_norm: torch.Tensor | None,
+    routed: Routed | None,
 ) -> None:
     if h.dim() != 2 or h.dtype != torch.float32 or not h.is_contiguous():
         raise KernelError(f"moe_block takes a contiguous float32 h [M, H], got {tuple(h.shape)} {h.dtype}")
@@ -133,6 +142,23 @@ def _check(
             raise KernelError(
                 f"moe_block takes a float32 next_norm [{hidden}], got {tuple(next_norm.shape)} {next_norm.dtype}"
             )
+    if routed is not None:
+        if not hands_down(h.shape[0], gate_up, down):
+            raise KernelError(
+                f"moe_block takes routed for one row, block weights, H of a multiple of {HANDED} and experts of up to"
+                f" {MAX_HANDED_WIDTH}, got {tuple(h.shape)}, {type(down).__name__} and experts of {width}"
+            )
+        groups = hidden // HANDED
+        shapes = ((1, hidden), (1, groups), (1, 1, groups), (1, num_experts + (gate is not None)))
+        dtypes = (torch.int8, torch.float32, torch.float32, torch.float32)
+        for name, part, shape, dtype in zip(ROUTED, routed, shapes, dtypes, strict=True):
+            if part.shape != shape or part.dtype != dtype or not part.is_contiguous():
+                raise KernelError(
+                    f"moe_block takes a contiguous routed {name} {list(shape)} of {str(dtype)[6:]}, got"
+                    f" {list(part.shape)} {part.dtype}"
+                )
+            if part.device != h.device:
+                raise KernelError(f"moe_block: h is on {h.device} and routed {name} on {part.device}")
     places = {
         "norm": norm, "router": router, "gate_up": gate_up, "down": down, "shared_gate": gate, "next_norm": next_norm
     }  # fmt: skip
@@ -163,6 +189,7 @@ def _moe_block_cpu(
     normalize: bool,
     has_shared: bool,
     next_norm: torch.Tensor | None,
+    *routed: torch.Tensor | None,
 ) -> Results:
     first = gate_up[0]
     assert first is not None, "a stack has at least its words"
@@ -196,6 +223,7 @@ def _moe_block_fake(
     normalize: bool,
     has_shared: bool,
     next_norm: torch.Tensor | None,
+    *routed: torch.Tensor | None,
 ) -> Results:
     rows, columns = h.shape if next_norm is not None else (0, 0)
     x = h.new_empty((rows, columns) if rows else (0,), dtype=torch.int8)
@@ -206,7 +234,8 @@ def _moe_block_fake(
 _moe_block = register(
     "moe_block(Tensor h, Tensor norm, float eps, Tensor router, Tensor? shared_gate, Tensor?[] gate_up,"
     " str gate_up_kind, Tensor?[] down, str down_kind, int num_experts, int top_k, bool normalize, bool has_shared,"
-    " Tensor? next_norm) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? next_norm, Tensor? x, Tensor? scale, Tensor? squares, Tensor? logits)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_moe_block_cpu,
     kernel="ostinato.kernels.moe.triton:moe_block",
     fake=_moe_block_fake,

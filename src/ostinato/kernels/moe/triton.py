@@ -107,6 +107,10 @@ def moe_block(
     normalize: bool,
     has_shared: bool,
     next_norm: torch.Tensor | None = None,
+    routed_x: torch.Tensor | None = None,
+    routed_scale: torch.Tensor | None = None,
+    routed_squares: torch.Tensor | None = None,
+    routed_logits: torch.Tensor | None = None,
     tiles: MoeTiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the kernels for h [M, H]; arguments as the op's, and ``tiles`` in place of the rule's."""
@@ -142,15 +146,24 @@ def moe_block(
     options = launch_options(device)
     picks = top_k + has_shared
     padded = max(32, triton.next_power_of_2(num_experts))
-    logits = torch.empty((tokens, num_experts + 1), dtype=torch.float32, device=device)
-    keys = torch.empty((tokens, padded), dtype=torch.int32, device=device)
-    x = *_int8(tokens, hidden, 4, device), torch.empty(tokens, dtype=torch.float32, device=device)
-    grid = (triton.cdiv(num_experts, t.router_rows) + 1, triton.cdiv(tokens, t.router_tokens))
-    _router_kernel[grid](
-        h, norm, eps, router, shared_gate if shared_gate is not None else router, logits, keys, *x, tokens, num_experts,
-        hidden, padded, t.router_rows, triton.next_power_of_2(hidden // 32), t.router_tokens, shared_gate is not None,
-        t.integer, num_warps=t.router_warps, **options,
-    )  # fmt: skip
+    parts_of_squares = 0
+    if routed_x is not None:
+        assert routed_scale is not None, "what is routed comes whole"
+        assert routed_squares is not None, "what is routed comes whole"
+        assert routed_logits is not None, "what is routed comes whole"
+        x = routed_x.view(torch.int32), routed_scale, routed_squares
+        keys = logits = routed_logits
+        parts_of_squares = routed_squares.shape[2]
+    else:
+        logits = torch.empty((tokens, num_experts + 1), dtype=torch.float32, device=device)
+        keys = torch.empty((tokens, padded), dtype=torch.int32, device=device)
+        x = *_int8(tokens, hidden, 4, device), torch.empty(tokens, dtype=torch.float32, device=device)
+        grid = (triton.cdiv(num_experts, t.router_rows) + 1, triton.cdiv(tokens, t.router_tokens))
+        _router_kernel[grid](
+            h, norm, eps, router, shared_gate if shared_gate is not None else router, logits, keys, *x, tokens,
+            num_experts, hidden, padded, t.router_rows, triton.next_power_of_2(hidden // 32), t.router_tokens,
+            shared_gate is not None, t.integer, num_warps=t.router_warps, **options,
+        )  # fmt: skip
     share = t.gate_rows // 4
     act = () if t.integer else _int8(tokens * picks, width, share, device)
     gate_planes = _planes(gate_up, gate_up_kind)
@@ -164,18 +177,19 @@ def moe_block(
     down_grid = triton.cdiv(hidden, t.down_rows * side)
     if tokens == 1:
         _gate_up_kernel[(width // t.gate_rows, picks)](
-            *x, keys, *gate_planes, *act, num_experts, hidden, width, *gate_constants,
-            padded, top_k, t.gate_rows, gate_groups, t.gate_warps, num_warps=t.gate_warps, **options,
+            *x, eps, keys, *gate_planes, *act, num_experts, hidden, width, *gate_constants,
+            padded, top_k, t.gate_rows, gate_groups, t.gate_warps, parts_of_squares, num_warps=t.gate_warps, **options,
         )  # fmt: skip
         side = side // t.together
         if next_norm is not None and t.down_rows * side % HANDED:
             raise KernelError(f"moe_block: {t.down_rows * side} rows a program of down are no multiple of {HANDED}")
         after = (next_norm, *handed) if next_norm is not None else (h, out, out, out)
         _down_kernel[(triton.cdiv(hidden, t.down_rows * side),)](
-            *act, keys, logits, *down_planes, h, out, *after, num_experts, hidden, width, *down_constants,
+            *act, keys, logits, *down_planes, h, out, *after, x[2], eps, num_experts, hidden, hidden, width,
+            *down_constants,
             padded, top_k, normalize, has_shared, shared_gate is not None,
             share, t.down_rows, side, t.together, down_groups, t.down_warps, t.early,
-            HANDED if next_norm is not None else 0, num_warps=t.down_warps, **options,
+            HANDED if next_norm is not None else 0, parts_of_squares, num_warps=t.down_warps, **options,
         )  # fmt: skip
         return out, *handed
     ids = torch.empty((tokens, picks), dtype=torch.int32, device=device)

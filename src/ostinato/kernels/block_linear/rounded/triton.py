@@ -55,6 +55,25 @@ def load_row(words, scales, g, KG: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.
 
 
 @triton.jit
+def store_handed(row, gain, group, x, scale, squares, N):
+    """Round a row times the gain of the norm behind it: int8 with one scale for the columns of a group.
+
+    row, gain: float32 [G, columns], of groups ``group`` [G] of a row of N. squares: the sums of row² over each group,
+    from which the next product takes the root mean square.
+    """
+    SHARE: tl.constexpr = row.shape[1]
+    column = group[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+    normed = row * gain
+    largest = tl.max(tl.abs(normed), 1)
+    # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
+    shifted = normed * (127.0 / tl.maximum(largest, 1e-30))[:, None] + 12582912.0
+    rounded = shifted.to(tl.int32, bitcast=True)
+    tl.store(x + column, ((rounded << 24) >> 24).to(tl.int8), mask=column < N)
+    tl.store(scale + group, largest * (1.0 / 127.0), mask=group < N // SHARE)
+    tl.store(squares + group, tl.sum(row * row, 1), mask=group < N // SHARE)
+
+
+@triton.jit
 def from_bits(total):
     """An integer sum that was started at 0x4B400000, in float32.
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from ostinato.kernels.block_linear.matvec.triton import load_tile
-from ostinato.kernels.block_linear.rounded.triton import load_row, row_products
-from ostinato.kernels.moe.route.triton import choose_all, choose_one, sum_both
+from ostinato.kernels.block_linear.rounded.triton import load_row, row_products, store_handed
+from ostinato.kernels.moe.route.triton import choose_all, choose_one, root_of, sum_both
 from ostinato.kernels.triton import gate_times_up, nothing, trigger, wait
 
 
@@ -49,12 +49,16 @@ def store_row(y, words, scales, R: tl.constexpr):
 
 @triton.jit
 def _gate_up_kernel(
-    x_words, x_scales, roots, keys, words, high, d, m, sub_d, sub_m, act_words, act_scales, E, K: tl.constexpr,
+    x_words, x_scales, roots, eps, keys, words, high, d, m, sub_d, sub_m, act_words, act_scales, E, K: tl.constexpr,
     F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr,
     MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, R: tl.constexpr, NG: tl.constexpr,
-    WARPS: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of one token: R of F values of one pick a program, as int8 [TOP_K + shared, F]."""
+    """silu(gate) * up of one token: R of F values of one pick a program, as int8 [TOP_K + shared, F].
+
+    PARTS: 0 where the router ran by itself and left keys and the root; else ``keys`` are its logits and ``roots`` that
+    many parts of the row's squares.
+    """
     KG: tl.constexpr = K // 32
     MIN: tl.constexpr = MIN_SIGN != 0
     SUB: tl.constexpr = GROUP != SUPER
@@ -72,7 +76,7 @@ def _gate_up_kernel(
     if pick == TOP_K:
         wait(PDL)
         trigger(PDL)
-    root = tl.load(roots)
+    root = root_of(roots, eps, K, PARTS)
     x = load_row(x_words, x_scales, g, KG, 4, GROUP, MIN or OFFSET != 0)
     gate, up = sum_both(
         row_products(tile, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
@@ -96,17 +100,17 @@ def one_of(values, which, FIRST: tl.constexpr, COUNT: tl.constexpr, LAST: tl.con
 @triton.jit
 def _down_kernel(
     act_words, act_scales, keys, logits, words, high, d, m, sub_d, sub_m, h, out, next_norm, next_x, next_scale,
-    squares, E, H, F: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
-    EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr,
-    SHARE: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr, TOGETHER: tl.constexpr, NG: tl.constexpr,
-    WARPS: tl.constexpr, EARLY: tl.constexpr, HANDED: tl.constexpr, PDL: tl.constexpr,
+    squares, roots, eps, E, H, K: tl.constexpr, F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr,
+    NORMALIZE: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr, SHARE: tl.constexpr, R: tl.constexpr,
+    SIDE: tl.constexpr, TOGETHER: tl.constexpr, NG: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
+    HANDED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = h + the weighted sum over all picks of one token, R * SIDE rows a program.
 
     Threads have SIDE rows of TOGETHER picks side by side. The shared expert, a pick too many, has all of them for rows.
     HANDED: columns of which out * next_norm is stored as int8 with one scale, beside the sum of out² over them, so that
-    the next product needs no kernel for its norm; 0 for none.
+    the next product needs no kernel for its norm; 0 for none. PARTS: as in ``_gate_up_kernel``.
     """
     trigger(PDL)
     FG: tl.constexpr = F // 32
@@ -122,7 +126,8 @@ def _down_kernel(
     rows = tl.minimum(start + tl.arange(0, R)[None, :, None, None] * SIDE + w % SIDE, H - 1)
     if not EARLY:
         wait(PDL)
-    experts, weights = choose_all(keys, logits, E, EP, TOP_K, NORMALIZE, SHARED, GATED, WARPS)
+    root = root_of(roots, eps, K, PARTS) if PARTS > 0 else 1.0
+    experts, weights = choose_all(keys, logits, root, E, EP, TOP_K, NORMALIZE, SHARED, GATED, WARPS)
     tiles = nothing()
     for step in tl.static_range(STEPS):
         if TOGETHER == 1:
@@ -162,14 +167,7 @@ def _down_kernel(
     tl.store(out + n, total, mask=n < H)
     if HANDED:
         sums = tl.reshape(total, (R * SIDE // HANDED, HANDED))
-        normed = sums * gain
-        largest = tl.max(tl.abs(normed), 1)
-        # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
-        shifted = normed * (127.0 / tl.maximum(largest, 1e-30))[:, None] + 12582912.0
-        rounded = shifted.to(tl.int32, bitcast=True)
-        tl.store(next_x + column, ((rounded << 24) >> 24).to(tl.int8), mask=column < H)
-        tl.store(next_scale + group, largest * (1.0 / 127.0), mask=group < H // HANDED)
-        tl.store(squares + group, tl.sum(sums * sums, 1), mask=group < H // HANDED)
+        store_handed(sums, gain, group, next_x, next_scale, squares, H)
 
 
 @triton.jit

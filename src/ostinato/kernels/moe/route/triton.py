@@ -36,10 +36,28 @@ def sort_key(logit, expert, EP: tl.constexpr):
 
 
 @triton.jit
-def load_keys(keys, EP: tl.constexpr, WARPS: tl.constexpr):
-    """All keys in each warp, so that the choice needs no exchange between warps: int32 [EP / 32, WARPS, 32]."""
+def load_keys(keys, E, EP: tl.constexpr, WARPS: tl.constexpr):
+    """All keys in each warp, so that the choice needs no exchange between warps: int32 [EP / 32, WARPS, 32].
+
+    keys: [EP], or float32 logits [E].
+    """
     lane = tl.arange(0, 32)[None, None, :] + tl.arange(0, WARPS)[None, :, None] * 0
-    return load_fresh(keys + tl.arange(0, EP // 32)[:, None, None] * 32 + lane)
+    e = tl.arange(0, EP // 32)[:, None, None] * 32 + lane
+    if keys.dtype.element_ty == tl.float32:
+        return tl.where(e < E, sort_key(load_fresh(keys + tl.minimum(e, E - 1)), e, EP), -2147483648)
+    else:
+        return load_fresh(keys + e)
+
+
+@triton.jit
+def root_of(roots, eps, K: tl.constexpr, PARTS: tl.constexpr):
+    """1 / the root mean square of a row: as it stands there, or with PARTS of the sum of PARTS parts of K squares."""
+    if PARTS == 0:
+        return tl.load(roots)
+    else:
+        part = tl.arange(0, triton.next_power_of_2(PARTS))
+        square = tl.where(part < PARTS, load_fresh(roots + tl.minimum(part, PARTS - 1)), 0.0)
+        return tl.rsqrt(tl.sum(square, 0) / K + eps)
 
 
 @triton.jit
@@ -62,7 +80,7 @@ def expert_of(key, E, EP: tl.constexpr):
 @triton.jit
 def choose_one(keys, pick, E, EP: tl.constexpr, WARPS: tl.constexpr):
     """The expert with the pick-th largest logit, from 0."""
-    keys = load_keys(keys, EP, WARPS)
+    keys = load_keys(keys, E, EP, WARPS)
     key = largest(keys)
     for _ in range(pick):
         keys = without(keys, key)
@@ -72,11 +90,14 @@ def choose_one(keys, pick, E, EP: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def choose_all(
-    keys, logits, E, EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr,
+    keys, logits, root, E, EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr,
     GATED: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Two tuples of TOP_K (and one, with a shared expert) numbers: experts and their weights."""
-    keys = load_keys(keys, EP, WARPS)
+    """Two tuples of TOP_K (and one, with a shared expert) numbers: experts and their weights.
+
+    root: what all logits have to be multiplied by, positive.
+    """
+    keys = load_keys(keys, E, EP, WARPS)
     experts = nothing()
     for i in tl.static_range(TOP_K):
         key = largest(keys)
@@ -85,21 +106,21 @@ def choose_all(
             keys = without(keys, key)
     values = nothing()
     for i in tl.static_range(TOP_K):
-        values += (load_fresh(logits + experts[i]),)
+        values += (load_fresh(logits + experts[i]) * root,)
     if NORMALIZE:
         total = 0.0
         for i in tl.static_range(TOP_K):
             total += tl.exp(values[i] - values[0])
     else:
         e = tl.arange(0, EP)
-        total = tl.sum(tl.where(e < E, tl.exp(load_fresh(logits + tl.minimum(e, E - 1)) - values[0]), 0.0), 0)
+        total = tl.sum(tl.where(e < E, tl.exp(load_fresh(logits + tl.minimum(e, E - 1)) * root - values[0]), 0.0), 0)
     weights = nothing()
     for i in tl.static_range(TOP_K):
         weights += (tl.exp(values[i] - values[0]) / total,)
     if SHARED:
         experts += (E,)
         if GATED:
-            weights += (tl.sigmoid(tl.maximum(load_fresh(logits + E), -80.0)),)
+            weights += (tl.sigmoid(tl.maximum(load_fresh(logits + E) * root, -80.0)),)
         else:
             weights += (1.0,)
     return experts, weights
@@ -242,7 +263,9 @@ def _choose_kernel(
     trigger(PDL)
     wait(PDL)
     token = tl.program_id(0)
-    experts, found = choose_all(keys + token * EP, logits + token * (E + 1), E, EP, TOP_K, NORMALIZE, SHARED, GATED, 1)
+    experts, found = choose_all(
+        keys + token * EP, logits + token * (E + 1), 1.0, E, EP, TOP_K, NORMALIZE, SHARED, GATED, 1
+    )
     for i in tl.static_range(TOP_K + SHARED):
         tl.store(ids + token * (TOP_K + SHARED) + i, experts[i])
         tl.store(weights + token * (TOP_K + SHARED) + i, found[i])
