@@ -45,7 +45,7 @@ from ostinato.kv.recurrent import RecurrentState
 from ostinato.layers.attention import Attention
 from ostinato.layers.batch import Batch
 from ostinato.layers.delta_net import DeltaNet
-from ostinato.layers.linear import Norm, RoundedRow
+from ostinato.layers.linear import Norm, RoundedEights, RoundedRow, RoutedRow
 from ostinato.layers.mlp import GatedMLP
 from ostinato.layers.moe import MoE
 from ostinato.models.llama import LlamaForCausalLM
@@ -88,12 +88,19 @@ class Stream:
         self.prompt = False
         self._positions: torch.Tensor | None = None
 
-    def begin(self, batch: Batch) -> None:
-        """The first mixer's call of a forward pass."""
-        self._positions = batch.positions if batch.decode or self.prompt else None
+    def read_by_mixer(self, index: int, h: torch.Tensor, batch: Batch) -> None:
+        """Mixer number ``index`` reads h, float32 [M, hidden]."""
+        if index == 0:  # a forward pass begins
+            self._positions = batch.positions if batch.decode or self.prompt else None
+        self._keep(2 * index, h)
 
-    def keep(self, part: int, h: torch.Tensor) -> None:
-        """h: what part number ``part`` reads, float32 [M, hidden]."""
+    def passed_mlp(self, index: int, h: torch.Tensor, out: torch.Tensor) -> None:
+        """MLP number ``index`` made ``out`` of h."""
+        self._keep(2 * index + 1, h)
+        if 2 * index + 3 == len(self.rows):
+            self._keep(-1, out)
+
+    def _keep(self, part: int, h: torch.Tensor) -> None:
         if self._positions is not None:
             self.rows[part].index_copy_(0, self._positions.long(), h)
 
@@ -103,15 +110,16 @@ class RecordedDeltaNet(DeltaNet):
     index: int
     stream: Stream
 
-    def __call__(
+    def mix(
         self,
         h: torch.Tensor,
         batch: Batch,
         state: RecurrentState,
         activation: torch.dtype,
         row: RoundedRow | None = None,
-    ) -> torch.Tensor:
-        return record_mixer(self.stream, self.index, h, batch, super().__call__(h, batch, state, activation, row))
+    ) -> torch.Tensor | RoundedRow | RoundedEights:
+        self.stream.read_by_mixer(self.index, h, batch)
+        return super().mix(h, batch, state, activation, row)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -119,61 +127,58 @@ class RecordedAttention(Attention):
     index: int
     stream: Stream
 
-    def __call__(
+    def mix(
         self, h: torch.Tensor, batch: Batch, kv: LayerKV, activation: torch.dtype, row: RoundedRow | None = None
-    ) -> torch.Tensor:
-        return record_mixer(self.stream, self.index, h, batch, super().__call__(h, batch, kv, activation, row))
-
-
-def record_mixer(stream: Stream, index: int, h: torch.Tensor, batch: Batch, out: torch.Tensor) -> torch.Tensor:
-    """``out``, what mixer number ``index`` makes of ``h``, after keeping both."""
-    if index == 0:
-        stream.begin(batch)
-    stream.keep(2 * index, h)
-    stream.keep(2 * index + 1, out)
-    return out
+    ) -> torch.Tensor | RoundedRow:
+        self.stream.read_by_mixer(self.index, h, batch)
+        return super().mix(h, batch, kv, activation, row)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LastMoE(MoE):
+class RecordedMoE(MoE):
+    index: int
     stream: Stream
 
     def __call__(
-        self, h: torch.Tensor, activation: torch.dtype, next_norm: Norm | None = None
+        self,
+        h: torch.Tensor,
+        activation: torch.dtype,
+        next_norm: Norm | None = None,
+        routed: RoutedRow | None = None,
     ) -> tuple[torch.Tensor, RoundedRow | None]:
-        out, row = super().__call__(h, activation, next_norm)
-        self.stream.keep(-1, out)
+        out, row = super().__call__(h, activation, next_norm, routed)
+        self.stream.passed_mlp(self.index, h, out)
         return out, row
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LastMLP(GatedMLP):
+class RecordedMLP(GatedMLP):
+    index: int
     stream: Stream
 
     def __call__(self, h: torch.Tensor, activation: torch.dtype) -> torch.Tensor:
         out = super().__call__(h, activation)
-        self.stream.keep(-1, out)
+        self.stream.passed_mlp(self.index, h, out)
         return out
 
 
-def parts_of(layer: Any) -> tuple[Mixer, MLP]:
-    """A decoder layer's mixer, whatever its family calls it, and its MLP."""
-    mixer, mlp = (getattr(layer, field.name) for field in dataclasses.fields(layer))
-    return mixer, mlp
+def parts_of(layer: Any) -> tuple[str, Mixer, MLP]:
+    """A decoder layer's mixer, after the name that its family calls it by, and its MLP."""
+    name = dataclasses.fields(layer)[0].name
+    return name, getattr(layer, name), layer.mlp
 
 
 def recorded(model: Transformer, stream: Stream) -> Transformer:
-    """The same model, whose mixers and last MLP write ``stream``."""
+    """The same model, whose mixers and MLPs write ``stream``."""
     layers: list[Any] = []
     for index, layer in enumerate(model.layers):
-        mixer, mlp = parts_of(layer)
-        kind = RecordedDeltaNet if isinstance(mixer, DeltaNet) else RecordedAttention
-        mixer = kind(**vars(mixer), index=index, stream=stream)
-        if index + 1 == len(model.layers):
-            last = LastMoE if isinstance(mlp, MoE) else LastMLP
-            mlp = last(**vars(mlp), stream=stream)
-        make: Any = type(layer)
-        layers.append(make(mixer, mlp))
+        name, mixer, mlp = parts_of(layer)
+        kind: Any = RecordedDeltaNet if isinstance(mixer, DeltaNet) else RecordedAttention
+        last: Any = RecordedMoE if isinstance(mlp, MoE) else RecordedMLP
+        watched = {name: kind(**vars(mixer), index=index, stream=stream)}
+        watched["mlp"] = last(**vars(mlp), index=index, stream=stream)
+        plain: Any = layer
+        layers.append(dataclasses.replace(plain, **watched))
     changed: Any = {"layers": tuple(layers)}
     return dataclasses.replace(model, **changed)
 
@@ -320,7 +325,7 @@ def compare(runner: Runner, model: Transformer, rows: torch.Tensor) -> Iterator[
     """All parts of ``model``; rows: the stream of slot 0, float32 [parts + 1, n, hidden]."""
     prefill = Prefill(runner.chunk, model.activation)
     for index, (layer, cache) in enumerate(zip(model.layers, runner.kv.layers, strict=True)):
-        mixer, mlp = parts_of(layer)
+        _, mixer, mlp = parts_of(layer)
         before, between, after = rows[2 * index : 2 * index + 3]
         yield from compare_mixer(prefill, mixer, cache, before, between)
         yield compare_mlp(prefill, mlp, between, after)

@@ -24,7 +24,7 @@ from ostinato.kv.recurrent import RecurrentState
 from ostinato.layers.attention import Attention
 from ostinato.layers.batch import Batch
 from ostinato.layers.delta_net import DeltaNet
-from ostinato.layers.linear import RoundedRow
+from ostinato.layers.linear import RoundedRow, RoutedRow, weight_bytes
 from ostinato.load.random import RandomCheckpoint
 from ostinato.models.qwen3_5 import handed_norm
 
@@ -80,14 +80,15 @@ def main() -> None:
     rows = args.batch
     act = model.activation
     h = embed(batch.tokens, model.embed, out_dtype=torch.float32)
-    mixers = [(layer.mixer, cache) for layer, cache in zip(model.layers, runner.kv.layers, strict=True)]
-    deltas = [(m, c) for m, c in mixers if isinstance(m, DeltaNet)]
-    attentions = [(m, c) for m, c in mixers if isinstance(m, Attention)]
+    layers = list(zip(model.layers, runner.kv.layers, strict=True))
+    deltas = [(layer, layer.mixer, c) for layer, c in layers if isinstance(layer.mixer, DeltaNet)]
+    attentions = [(layer, layer.mixer, c) for layer, c in layers if isinstance(layer.mixer, Attention)]
     experts = [layer.mlp for layer in model.layers]
     following = (*model.layers[1:], None)
     blocks = [(mlp, handed_norm(mlp, after, batch)) for mlp, after in zip(experts, following, strict=True)]
     row = blocks[0][0](h, act, blocks[0][1])[1]
     norm = "norm + " if row is None else ""  # else the experts before it have done that
+    routed: RoutedRow | None = None  # what spares the experts their router
     kv_bytes = rows * args.context * (loaded.budget.kv_bytes_per_token // max(len(attentions), 1))
 
     def show(name: str, count: int, num_bytes: float, run: Callable[[], object]) -> None:
@@ -102,7 +103,7 @@ def main() -> None:
         return run
 
     if deltas:
-        first = deltas[0][0]
+        layer, first, cache = deltas[0]
 
         def project(net: DeltaNet) -> torch.Tensor:
             if row is None:
@@ -110,36 +111,38 @@ def main() -> None:
             return net.in_proj.of_rounded(row, out_dtype=act)
 
         qkvz = project(first)
-        ruled = first.rule(qkvz, h, batch, deltas[0][1])
-        state = 2 * rows * sum(t[0].numel() * t.element_size() for t in deltas[0][1].tensors())
+        ruled = first.rule(qkvz, h, batch, cache)
+        routed = layer.output(ruled, h)[1]
+        state = 2 * rows * sum(t[0].numel() * t.element_size() for t in cache.tensors())
         show(
             f"delta: {norm}input projection",
             len(deltas),
             first.in_proj.num_bytes,
-            each(deltas, lambda d: project(d[0])),
+            each(deltas, lambda d: project(d[1])),
         )
         show(
-            "delta: conv, rule, gated norm", len(deltas), state, each(deltas, lambda d: d[0].rule(qkvz, h, batch, d[1]))
+            "delta: conv, rule, gated norm", len(deltas), state, each(deltas, lambda d: d[1].rule(qkvz, h, batch, d[2]))
         )
         show(
-            "delta: output + residual",
+            f"delta: output + residual{'' if routed is None else ' + router'}",
             len(deltas),
-            first.out.num_bytes,
+            first.out.num_bytes + (0 if layer.routing is None or routed is None else layer.routing.num_bytes),
             each(deltas, lambda d: d[0].output(ruled, h)),
         )
-        show("delta: whole mixer", len(deltas), 0, each(deltas, lambda d: d[0](h, batch, d[1], act, row)))
+        show(
+            "delta: whole mixer",
+            len(deltas),
+            0,
+            each(deltas, lambda d: d[0].output(d[1].mix(h, batch, d[2], act, row), h)),
+        )
     if attentions:
-        first_a = attentions[0][0]
+        layer_a, first_a, _ = attentions[0]
         width = first_a.num_heads * first_a.spec.head_dim
         z = torch.randn(rows, width, dtype=act, device=device)
         weight = first_a.out.block_weight
         attended = RoundedRow(*quantize_rows(z), None, 0.0) if weight is not None and prefers_int8(weight, rows) else z
 
-        def output(net: Attention) -> torch.Tensor:
-            """The product as the layer calls it: of rows that attention has rounded, or of plain ones."""
-            if isinstance(attended, RoundedRow):
-                return net.out.of_rounded(attended, residual=h)
-            return net.out(attended, residual=h)
+        routed = layer_a.output(attended, h)[1]
 
         def queries(net: Attention) -> torch.Tensor:
             if row is None:
@@ -150,25 +153,25 @@ def main() -> None:
             f"attention: {norm}projections",
             len(attentions),
             first_a.qkv.num_bytes,
-            each(attentions, lambda a: queries(a[0])),
+            each(attentions, lambda a: queries(a[1])),
         )
         show(
-            "attention: output + residual",
+            f"attention: output + residual{'' if routed is None else ' + router'}",
             len(attentions),
-            first_a.out.num_bytes,
-            each(attentions, lambda a: output(a[0])),
+            first_a.out.num_bytes + (0 if layer_a.routing is None or routed is None else layer_a.routing.num_bytes),
+            each(attentions, lambda a: a[0].output(attended, h)),
         )
         show(
             "attention: whole mixer",
             len(attentions),
             kv_bytes,
-            each(attentions, lambda a: a[0](h, batch, a[1], act, row)),
+            each(attentions, lambda a: a[0].output(a[1].mix(h, batch, a[2], act, row), h)),
         )
     show(
-        "experts: all of the block",
+        "experts: all of the block" if routed is None else "experts: all but the router",
         len(blocks),
-        experts[0].expected_bytes(rows),
-        each(blocks, lambda b: b[0](h, act, b[1])),
+        experts[0].expected_bytes(rows) - (0 if routed is None else weight_bytes(experts[0].router)),
+        each(blocks, lambda b: b[0](h, act, b[1], routed)),
     )
     show(
         "norm + lm_head",

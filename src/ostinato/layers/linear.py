@@ -60,6 +60,11 @@ class Routing:
     router: torch.Tensor
     folded: torch.Tensor
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights that one token reads beside the product's own."""
+        return weight_bytes(self.router) + weight_bytes(self.folded)
+
 
 @dataclass(frozen=True, eq=False)
 class RoundedEights:

@@ -95,7 +95,7 @@ class MoE:
         None where it cannot: unless both are block weights there, and float16 holds the folded matrix.
         """
         weight = out.block_weight
-        if weight is None or weight.device.type != "cuda" or not self.hands_down(1) or weight.shape[0] % 32:
+        if weight is None or weight.device.type != "cuda" or not self.hands_down(1):
             return None
         rows = (self.router,) if self.shared_gate is None else (self.router, self.shared_gate.view(1, -1))
         router = torch.cat(rows)

@@ -116,6 +116,8 @@ class Qwen35ForCausalLM:
         sparse = sum(layer.mlp.expected_bytes(num_rows) for layer in self.layers if isinstance(layer.mlp, MoE))
         dense = sum(layer.mlp.num_bytes for layer in self.layers if isinstance(layer.mlp, GatedMLP))
         embedding = num_rows * weight_bytes(self.embed) // self.vocab_size
+        if num_rows == 1:  # the folded matrices; a router's own rows are counted with its experts
+            sparse += sum(weight_bytes(layer.routing.folded) for layer in self.layers if layer.routing is not None)
         return mixers + sparse + dense + self.head.num_bytes + embedding
 
     def forward(

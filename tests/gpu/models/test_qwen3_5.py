@@ -12,7 +12,7 @@ import torch
 
 from ostinato.engine.runner import Runner
 from ostinato.kv.paged import PagedKV
-from ostinato.layers.linear import Norm
+from ostinato.layers.linear import Linear, Norm
 from ostinato.models import qwen3_5
 from ostinato.models.interface import Model
 from ostinato.quant.blocks import BlockWeight, dequantize
@@ -131,6 +131,29 @@ def test_one_row_is_rounded_by_the_layer_before(spec: Spec, monkeypatch: pytest.
         runs = Runs(model, CUDA, torch.bfloat16)
         found.append(torch.cat([runs.decode(IDS[at : at + 1], [at], [0]) for at in range(60)]))
     assert handed == ([True] * (len(model.kv_specs) - 1) + [False]) * 60
+    bound = 4 * noise(spec, expected)
+    assert divergence(expected[:60], found[0]) < bound
+    assert divergence(found[1], found[0]) < bound
+
+
+@pytest.mark.parametrize("spec", [*QUANTIZED[:5], *QUANTIZED[7:10]], ids=str)
+def test_the_output_product_does_the_routers_work(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every layer and every step of one row; with the router by itself the logits are as near as without."""
+    expected = exact_logits(spec)
+    model = build(spec, CUDA, torch.bfloat16)
+    calls, real = [], Linear.of_routed
+
+    def spied(self: Linear, *arguments: Any) -> Any:
+        calls.append(self)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Linear, "of_routed", spied)
+    apart = dataclasses.replace(model, layers=tuple(dataclasses.replace(x, routing=None) for x in model.layers))
+    found = []
+    for each in (model, apart):
+        runs = Runs(each, CUDA, torch.bfloat16)
+        found.append(torch.cat([runs.decode(IDS[at : at + 1], [at], [0]) for at in range(60)]))
+    assert len(calls) == 60 * len(model.layers)
     bound = 4 * noise(spec, expected)
     assert divergence(expected[:60], found[0]) < bound
     assert divergence(found[1], found[0]) < bound

@@ -7,28 +7,13 @@ from ostinato.errors import KernelError
 from ostinato.kernels.block_linear import int8_linear
 from ostinato.kernels.registry import load
 from ostinato.kernels.routed_linear import fold_router, routed_linear
-from ostinato.kernels.routed_linear.ref import routed_linear_ref
 
-from .block_weights import columns, operands, random_weight
+from .block_weights import columns, operands
+from .routed_cases import assert_routed, random_routed
 
 
 def tiles(rows: int = 16, groups: int = 8, warps: int = 1, routes: int = 4):
     return load("ostinato.kernels.routed_linear.triton:RoutedTiles")(rows, groups, warps, routes)
-
-
-def case(kind: str, n: int, k: int, routes: int, heads: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """Arguments of routed_linear by name, with a residual about as large as the product."""
-    weight = random_weight(kind, n, k, device)
-    return {
-        "x": torch.randint(-127, 128, (1, k), dtype=torch.int8, device=device),
-        "scale": (torch.rand(1, k // 32, device=device) + 0.1) * 0.02,
-        "weight": weight,
-        "squares": torch.rand(1, heads, 4, device=device) * k / heads if heads else None,
-        "eps": 1e-5,
-        "residual": torch.randn(1, n, device=device),
-        "norm": torch.randn(n, device=device),
-        "router": (torch.randn(routes, n, device=device) * n**-0.5).to(dtype),
-    }
 
 
 def launch(given: dict, chosen) -> tuple[torch.Tensor, ...]:
@@ -38,28 +23,6 @@ def launch(given: dict, chosen) -> tuple[torch.Tensor, ...]:
         g["x"], g["scale"], *operands(g["weight"]), g["squares"], g["eps"], g["residual"], g["norm"], g["router"],
         folded, chosen,
     )  # fmt: skip
-
-
-def assert_routed(found: tuple[torch.Tensor, ...], given: dict) -> None:
-    out, x, scale, squares, logits = found
-    expected = routed_linear_ref(**given)
-    size = float(expected[0].abs().max())
-    torch.testing.assert_close(out, expected[0], rtol=1e-5, atol=1e-5 * size)
-    # What is rounded is the kernel's own result, so a tie goes the same way in all but a few places.
-    normed = out * given["norm"]
-    steps = normed / expected[2].repeat_interleave(16, dim=1).clamp_min(1e-30)
-    assert float((x.float() - steps).abs().max()) < 0.51
-    torch.testing.assert_close(scale, expected[2], rtol=1e-4, atol=1e-7 * size)
-    torch.testing.assert_close(squares, expected[3], rtol=1e-4, atol=1e-6 * size**2)
-    # A folded element is off by 2^-11 of itself at most, those of a row at random: far below this share of their norm.
-    folded = fold_router(given["router"], given["norm"], given["weight"]).float()
-    wide = given["x"].float() * given["scale"].repeat_interleave(32, dim=1)
-    if given["squares"] is not None:
-        heads = given["squares"].shape[1]
-        root = torch.rsqrt(given["squares"].sum(2) * heads / wide.shape[1] + given["eps"])
-        wide = (wide.view(1, heads, -1) * root[:, :, None]).view(wide.shape)
-    bound = 2**-11 * (folded.square() @ wide.square().T).sqrt().T * 4 + 1e-4 * size
-    assert bool(((logits - expected[4]).abs() < bound).all())
 
 
 SIZES = {
@@ -78,18 +41,18 @@ SIZES = {
 @pytest.mark.parametrize(("sizes", "fields"), SIZES.values(), ids=SIZES)
 def test_sizes_and_ways_of_cutting(sizes, fields, device, poisoned):
     shape = {"n": 48, "k": 128, "routes": 7, "heads": 0, "dtype": torch.bfloat16, **sizes}
-    given = case("Q8_0", **shape, device=device)
+    given = random_routed("Q8_0", **shape, device=device)
     assert_routed(launch(given, tiles(**fields)), given)
 
 
 @pytest.mark.parametrize("kind", ["I4_128", "I4_64", "Q4_1", "Q4_K", "Q6_K"])
 def test_kinds_of_blocks(kind, device, poisoned):
-    given = case(kind, 32, columns(kind, 256), 5, 2, torch.bfloat16, device)
+    given = random_routed(kind, 32, columns(kind, 256), 5, 2, torch.bfloat16, device)
     assert_routed(launch(given, tiles()), given)
 
 
 def test_the_rule_and_the_public_op(device):
-    given = case("I4_128", 64, 256, 9, 2, torch.bfloat16, device)
+    given = random_routed("I4_128", 64, 256, 9, 2, torch.bfloat16, device)
     assert_routed(launch(given, None), given)
     folded = fold_router(given["router"], given["norm"], given["weight"])
     found = routed_linear(**given, folded=folded)
@@ -101,7 +64,7 @@ def test_the_rule_and_the_public_op(device):
 
 
 def test_what_does_not_fit_is_named(device):
-    given = case("Q8_0", 48, 128, 7, 0, torch.bfloat16, device)
+    given = random_routed("Q8_0", 48, 128, 7, 0, torch.bfloat16, device)
     folded = fold_router(given["router"], given["norm"], given["weight"])
     for name, wrong in (
         ("x", given["x"].float()),
@@ -116,6 +79,6 @@ def test_what_does_not_fit_is_named(device):
         routed_linear(**given, folded=folded.float())
     with pytest.raises(KernelError, match=r"squares \[1, heads, 4\]"):
         routed_linear(**{**given, "squares": torch.ones(1, 3, 4, device=device)}, folded=folded)
-    odd = case("Q8_0", 40, 128, 7, 0, torch.bfloat16, device)
+    odd = random_routed("Q8_0", 40, 128, 7, 0, torch.bfloat16, device)
     with pytest.raises(KernelError, match="a multiple of 16 rows"):
         routed_linear(**odd, folded=fold_router(odd["router"], odd["norm"], odd["weight"]))
