@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ostinato.kernels.embed import embed
+from ostinato.kernels.embed import embed, embed_rounded
 from ostinato.kv.paged import KVSpec, LayerKV
 from ostinato.kv.recurrent import RecurrentSpec, RecurrentState
 from ostinato.layers.attention import Attention
@@ -75,16 +75,21 @@ class Qwen35DecoderLayer:
         return self.mixer.output(mixed, h), None
 
 
-def handed_norm(mlp: MoE, following: Qwen35DecoderLayer | None, batch: Batch) -> Norm | None:
-    """The norm of the layer ``following`` ``mlp``, if its experts are to apply it and round the row for that layer.
+def rounded_norm(following: Qwen35DecoderLayer | None, batch: Batch) -> Norm | None:
+    """The norm of the layer ``following``, if whoever makes its row is to apply it and round the row for that layer.
 
-    They do where it saves a kernel: for one row of a decode step on a GPU, before a matrix of blocks.
+    That saves a kernel: for one row of a decode step on a GPU, before a matrix of blocks.
     """
-    if following is None or not (batch.decode and batch.tokens.is_cuda):
+    if following is None or not (batch.decode and batch.tokens.is_cuda and batch.tokens.shape[0] == 1):
         return None
     mixer = following.mixer
     first = mixer.in_proj if isinstance(mixer, DeltaNet) else mixer.qkv
-    return mixer.norm if first.block_weight is not None and mlp.hands_down(batch.tokens.shape[0]) else None
+    return mixer.norm if first.block_weight is not None else None
+
+
+def handed_norm(mlp: MoE, following: Qwen35DecoderLayer | None, batch: Batch) -> Norm | None:
+    """``rounded_norm`` where the experts ``mlp`` make the row."""
+    return rounded_norm(following, batch) if mlp.hands_down(batch.tokens.shape[0]) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +129,13 @@ class Qwen35ForCausalLM:
         self, batch: Batch, kv: Sequence[LayerKV | RecurrentState], rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits, float32 [M, vocab]; with ``rows`` (int64 [R]) of those rows alone, [R, vocab]."""
-        h = embed(batch.tokens, self.embed, out_dtype=torch.float32)
         row: RoundedRow | None = None
+        first_norm = rounded_norm(self.layers[0], batch)
+        if first_norm is not None and isinstance(self.embed, BlockWeight):
+            h, x, scale, squares = embed_rounded(batch.tokens, self.embed, first_norm.weight)
+            row = RoundedRow(x, scale, squares, first_norm.eps)
+        else:
+            h = embed(batch.tokens, self.embed, out_dtype=torch.float32)
         for layer, following, kept in zip(self.layers, (*self.layers[1:], None), kv, strict=True):
             mixed: torch.Tensor | RoundedRow | RoundedEights
             if isinstance(layer.mixer, DeltaNet):

@@ -6,8 +6,8 @@ import torch
 from ostinato.errors import KernelError
 from ostinato.kernels.dense_linear import dense_linear
 from ostinato.kernels.dense_linear.ref import dense_linear_ref
-from ostinato.kernels.embed import embed
-from ostinato.kernels.embed.ref import embed_ref
+from ostinato.kernels.embed import embed, embed_rounded
+from ostinato.kernels.embed.ref import embed_ref, embed_rounded_ref
 from ostinato.kernels.gated import gated_activation
 from ostinato.kernels.gated.ref import gated_activation_ref
 from ostinato.kernels.registry import load
@@ -62,6 +62,22 @@ def test_embedding_of_blocks_is_exact(kind, device):
     torch.testing.assert_close(found, embed_ref(tokens, table, torch.float32, 1.0), rtol=2**-22, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "I6_64", "Q4_K", "Q5_1"])
+def test_the_embedding_of_one_token_is_rounded_for_the_first_layer(kind, device, poisoned):
+    k = columns(kind, 320)
+    table, norm = random_weight(kind, 5, k, device), torch.randn(k, device=device)
+    tokens = torch.tensor([3], dtype=torch.int32, device=device)
+    launch = load("ostinato.kernels.embed.triton:embed_rounded")
+    found, x, scale, squares = launch(tokens, *operands(table), k, norm)
+    expected = embed_rounded_ref(tokens, table, norm)
+    torch.testing.assert_close(found, expected[0], rtol=2**-22, atol=1e-8)
+    torch.testing.assert_close(scale, expected[2], rtol=1e-5, atol=0)
+    torch.testing.assert_close(squares, expected[3], rtol=1e-5, atol=0)
+    assert int((x.int() - expected[1].int()).abs().max()) <= 1  # a tie may go another way
+    assert float((x != expected[1]).double().mean()) < 0.01
+    torch.testing.assert_close(embed_rounded(tokens, table, norm)[0], expected[0], rtol=2**-22, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embedding_of_floats_is_exact(dtype, device):
     table = torch.randn(9, 45, device=device).to(dtype)
@@ -97,6 +113,11 @@ def test_misfits_are_refused(device):
         gated_activation(x, "relu")
     with pytest.raises(KernelError, match="int32 or int64"):
         embed(torch.ones(2, device=device), x)
+    table, token = random_weight("Q8_0", 5, 64, device), torch.zeros(1, dtype=torch.int32, device=device)
+    with pytest.raises(KernelError, match=r"tokens \[1\]"):
+        embed_rounded(token.repeat(2), table, torch.ones(64, device=device))
+    with pytest.raises(KernelError, match=r"float32 norm \[64\]"):
+        embed_rounded(token, table, torch.ones(63, device=device))
     with pytest.raises(KernelError, match="contiguous weight"):
         dense_linear(x, x[:, ::2])
 
