@@ -38,9 +38,9 @@ class SharedExpert:
 class MoE:
     """``h + Σ weight_k · expert_k(norm(h)) + sigmoid(shared_gate · norm(h)) · shared(norm(h))`` over the top-k experts.
 
-    router: [E, H]; shared_gate: [1, H] or None; both float32, or both bfloat16. gate_up, down: stacks of E experts, the
-    shared one behind them where there is a shared_gate. normalize: weights are a softmax over the top-k, else over all.
-    shared: a shared expert apart, instead of shared_gate.
+    router: [E, H], or [E + 1, H] with the shared gate's row behind the experts', float32 or bfloat16. gate_up, down:
+    stacks of E experts, the shared one behind them where there is such a gate. normalize: weights are a softmax over
+    the top-k, else over all. shared: a shared expert apart, instead of that gate.
     """
 
     norm: Norm
@@ -50,7 +50,6 @@ class MoE:
     num_experts: int
     top_k: int
     normalize: bool
-    shared_gate: torch.Tensor | None
     shared: SharedExpert | None
 
     def __call__(
@@ -69,14 +68,14 @@ class MoE:
             h,
             norm=self.norm.weight,
             eps=self.norm.eps,
-            router=self.router,
+            router=self.router[: self.num_experts],
             gate_up=self.gate_up,
             down=self.down,
             num_experts=self.num_experts,
             top_k=self.top_k,
             normalize=self.normalize,
-            shared_gate=self.shared_gate,
-            has_shared=self.shared_gate is not None,
+            shared_gate=self.router[self.num_experts] if self._has_shared else None,
+            has_shared=self._has_shared,
             next_norm=None if next_norm is None else next_norm.weight,
             routed=None if routed is None else (routed.x, routed.scale, routed.squares, routed.logits),
         )
@@ -97,19 +96,19 @@ class MoE:
         weight = out.block_weight
         if weight is None or weight.device.type != "cuda" or not self.hands_down(1):
             return None
-        rows = (self.router,) if self.shared_gate is None else (self.router, self.shared_gate.view(1, -1))
-        router = torch.cat(rows)
-        folded = fold_router(router, self.norm.weight, weight)
-        return Routing(self.norm.weight, router, folded) if bool(folded.isfinite().all()) else None
+        folded = fold_router(self.router, self.norm.weight, weight)
+        return Routing(self.norm.weight, self.router, folded) if bool(folded.isfinite().all()) else None
 
     def expected_bytes(self, num_rows: int) -> int:
         """Bytes of weights that ``num_rows`` tokens read when every expert is as likely as another."""
-        has_shared = self.shared_gate is not None
-        expert = (weight_bytes(self.gate_up) + weight_bytes(self.down)) // (self.num_experts + has_shared)
+        expert = (weight_bytes(self.gate_up) + weight_bytes(self.down)) // (self.num_experts + self._has_shared)
         chosen = self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** num_rows)
-        extra = 0 if self.shared_gate is None else weight_bytes(self.shared_gate)
         apart = 0 if self.shared is None else self.shared.num_bytes
-        return weight_bytes(self.router) + int(expert * (chosen + has_shared)) + extra + apart
+        return weight_bytes(self.router) + int(expert * (chosen + self._has_shared)) + apart
+
+    @property
+    def _has_shared(self) -> bool:
+        return self.router.shape[0] > self.num_experts
 
 
 class ExpertStack:

@@ -245,7 +245,7 @@ class _Builder:
         gate_up = ExpertStack(f"{p}experts", e.num + 1, 2 * e.width, target)
         down = ExpertStack(f"{p}experts", e.num + 1, self.config.hidden_size, target)
         w.fill(gate_up, down, p.removesuffix("mlp."), e.num, e.width)
-        router, gate, shared, joined = w.read(f"{p}gate.weight"), None, None, False
+        routers, shared, joined = [w.read(f"{p}gate.weight")], None, False
         if e.shared_width:
             parts = [w.read(f"{p}shared_expert.{name}_proj.weight") for name in ("gate", "up", "down")]
             fits = gate_up.takes(parts[0]) and gate_up.takes(parts[1]) and down.takes(parts[2])
@@ -255,20 +255,17 @@ class _Builder:
                 gate_up.put(parts[0], expert=e.num)
                 gate_up.put(parts[1], expert=e.num, row=e.width)
                 down.put(parts[2], expert=e.num)
-                placed, gate = target.place_plain(router, scores)
+                routers.append(scores)
             else:
-                (placed,), (scores,) = target.place_plain(router), target.place_plain(scores)
+                (scores,) = target.place_plain(scores)
                 shared = SharedExpert(scores, Linear.join(parts[:2], target), Linear.join(parts[2:], target))
-        else:
-            (placed,) = target.place_plain(router)
         return MoE(
             norm=norm,
-            router=placed,
+            router=torch.cat(target.place_plain(*routers)),
             gate_up=gate_up.finish(e.num + joined),
             down=down.finish(e.num + joined),
             num_experts=e.num,
             top_k=e.top_k,
             normalize=e.normalize,
-            shared_gate=gate,
             shared=shared,
         )

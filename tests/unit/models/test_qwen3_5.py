@@ -233,10 +233,10 @@ def test_bfloat16_checkpoints_keep_router_and_gates_as_they_are(tmp_path: Path) 
         assert isinstance(model, Qwen35ForCausalLM)
         layer = model.layers[0]
         assert isinstance(layer.mlp, MoE)
-        assert layer.mlp.shared_gate is not None
+        assert layer.mlp.router.shape[0] == layer.mlp.num_experts + 1
         assert isinstance(layer.mlp.gate_up, torch.Tensor)
-        tensors = (layer.mlp.router, layer.mlp.shared_gate, layer.mlp.gate_up, layer.mixer.beta_alpha)
-        assert [t.dtype for t in tensors] == [dtype] * 4
+        tensors = (layer.mlp.router, layer.mlp.gate_up, layer.mixer.beta_alpha)
+        assert [t.dtype for t in tensors] == [dtype] * 3
         assert layer.mixer.norm.weight.dtype == torch.float32
     ids = random_ids(24)
     theirs = reference(MOE)
@@ -416,7 +416,7 @@ def test_the_cpus_fast_path_is_near(tmp_path: Path, spec: Spec, types: dict[str,
     if isinstance(mlp, MoE):
         assert isinstance(mlp.gate_up, BlockWeight)
         assert (mlp.shared is None) == (types is EQUAL and spec is not WIDE)
-        assert (mlp.shared is None) == (mlp.shared_gate is not None)
+        assert mlp.router.shape[0] == 8 + (mlp.shared is None)
         experts = 8 + (mlp.shared is None)
         assert mlp.gate_up.shape == (experts * 64, 64)
         assert mlp.down.shape == (experts * 64, 32)
