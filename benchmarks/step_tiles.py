@@ -31,6 +31,7 @@ from ostinato.kernels.decode_attention import triton as attention
 from ostinato.kernels.delta.decode import triton as delta
 from ostinato.kernels.launch import gpu_name
 from ostinato.kernels.moe import triton as moe
+from ostinato.kernels.routed_linear import triton as routed
 from ostinato.kernels.tuning import Tiles, linear_key
 from ostinato.layers.attention import Attention
 from ostinato.layers.delta_net import DeltaNet
@@ -168,9 +169,20 @@ def attention_tilings(room: int) -> list[attention.Tiling]:
     return [attention.Tiling(block, -(-room // block), warps, 1) for block, warps in product((16, 32, 64), (4, 8))]
 
 
+def routed_tiles() -> list[routed.RoutedTiles]:
+    """Candidates for the output product that does the router's work."""
+    return [
+        routed.RoutedTiles(rows, groups, warps, routes)
+        for rows, groups, warps, routes in product((16, 32), (32, 64, 128), (4, 8), (2, 4))
+        if rows % max(1, warps * 32 // groups) == 0
+    ]
+
+
 def axes_of(model: Qwen35ForCausalLM, table: dict[str, Tiles], rows: int, room: int) -> list[Axis]:
     """All fields, in the order in which they are tried."""
     found = list(product_axes(model, table, rows))
+    if rows == 1 and any(layer.routing is not None for layer in model.layers):
+        found.insert(0, of_rule("output product that routes", routed, "default_tiles", routed_tiles()))
     mixers = [layer.mixer for layer in model.layers]
     if any(isinstance(mixer, DeltaNet) for mixer in mixers):
         shared = ((4, 2), (4, 4), (2, 4), (2, 2)) if rows == 1 else ((1, 4), (1, 8))
