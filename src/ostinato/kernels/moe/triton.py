@@ -21,7 +21,7 @@ from ostinato.kernels.moe.experts.triton import (
 )
 from ostinato.kernels.moe.lists.triton import _down_mma_kernel, _gate_up_mma_kernel
 from ostinato.kernels.moe.ref import HANDED, Stack, moe_block_dense, stack_of
-from ostinato.kernels.moe.route.triton import _choose_kernel, _key_kernel, _router_kernel, _sort_kernel
+from ostinato.kernels.moe.route.triton import _choose_kernel, _router_kernel, _sort_kernel
 from ostinato.kernels.rms_norm import rms_norm
 from ostinato.quant.blocks import KINDS, BlockWeight
 
@@ -77,8 +77,8 @@ def default_tiles(m: int, hidden: int, width: int, kinds: tuple[str, str], hands
     if m == 1:
         together = 2 if width <= 2048 else 1
         warps = 8 if hands_down and width > 512 else 4  # 16 rows a program, four a thread
-        # Kinds with few scales leave a thread room for eight rows of gate and of up.
-        gate = (8, max(1, min(4, hidden // 2048))) if kinds[0] in COARSE else (4, max(1, min(4, hidden // 1024)))
+        # Kinds with few scales leave a thread room for more rows of gate and of up.
+        gate = (16, max(1, min(4, hidden // 512))) if kinds[0] in COARSE else (4, max(1, min(4, hidden // 1024)))
         return MoeTiles(4, 8, *gate, 2 * together, warps, together=together)
     if kinds == INTEGER and m >= MIN_INTEGER and width <= 2048:
         tiles = MoeTiles(8, 8, 8, wide, 8, 1, integer=True, down_tiles=4, down_registers=255)
@@ -152,16 +152,15 @@ def moe_block(
         assert routed_squares is not None, "what is routed comes whole"
         assert routed_logits is not None, "what is routed comes whole"
         x = routed_x.view(torch.int32), routed_scale, routed_squares
-        keys = logits = routed_logits
+        logits = routed_logits
         parts_of_squares = routed_squares.shape[2]
     else:
         logits = torch.empty((tokens, num_experts + 1), dtype=torch.float32, device=device)
-        keys = torch.empty((tokens, padded), dtype=torch.int32, device=device)
         x = *_int8(tokens, hidden, 4, device), torch.empty(tokens, dtype=torch.float32, device=device)
         grid = (triton.cdiv(num_experts, t.router_rows) + 1, triton.cdiv(tokens, t.router_tokens))
         _router_kernel[grid](
-            h, norm, eps, router, shared_gate if shared_gate is not None else router, logits, keys, *x, tokens,
-            num_experts, hidden, padded, t.router_rows, triton.next_power_of_2(hidden // 32), t.router_tokens,
+            h, norm, eps, router, shared_gate if shared_gate is not None else router, logits, *x, tokens,
+            num_experts, hidden, t.router_rows, triton.next_power_of_2(hidden // 32), t.router_tokens,
             shared_gate is not None, t.integer, num_warps=t.router_warps, **options,
         )  # fmt: skip
     share = t.gate_rows // 4
@@ -176,26 +175,29 @@ def moe_block(
     out = torch.empty_like(h)
     down_grid = triton.cdiv(hidden, t.down_rows * side)
     if tokens == 1:
+        gate_groups = min(32, gate_groups)  # a row to a warp: their sums meet no other warp's
+        gate_side = min(t.gate_rows, t.gate_warps * 32 // gate_groups)
         _gate_up_kernel[(width // t.gate_rows, picks)](
-            *x, eps, keys, *gate_planes, *act, num_experts, hidden, width, *gate_constants,
-            padded, top_k, t.gate_rows, gate_groups, t.gate_warps, parts_of_squares, num_warps=t.gate_warps, **options,
+            *x, eps, logits, *gate_planes, *act, num_experts, hidden, width, *gate_constants,
+            padded, top_k, t.gate_rows // gate_side, gate_side, gate_groups, parts_of_squares,
+            num_warps=t.gate_warps, **options,
         )  # fmt: skip
         side = side // t.together
         if next_norm is not None and t.down_rows * side % HANDED:
             raise KernelError(f"moe_block: {t.down_rows * side} rows a program of down are no multiple of {HANDED}")
         after = (next_norm, *handed) if next_norm is not None else (h, out, out, out)
         _down_kernel[(triton.cdiv(hidden, t.down_rows * side),)](
-            *act, keys, logits, *down_planes, h, out, *after, x[2], eps, num_experts, hidden, hidden, width,
+            *act, logits, *down_planes, h, out, *after, x[2], eps, num_experts, hidden, hidden, width,
             *down_constants,
             padded, top_k, normalize, has_shared, shared_gate is not None,
-            share, t.down_rows, side, t.together, down_groups, t.down_warps, t.early,
+            share, t.down_rows, side, t.together, down_groups, t.early,
             HANDED if next_norm is not None else 0, parts_of_squares, num_warps=t.down_warps, **options,
         )  # fmt: skip
         return out, *handed
     ids = torch.empty((tokens, picks), dtype=torch.int32, device=device)
     weights = torch.empty((tokens, picks), dtype=torch.float32, device=device)
     _choose_kernel[(tokens,)](
-        keys, logits, ids, weights, num_experts, padded, top_k, normalize, has_shared, shared_gate is not None,
+        logits, ids, weights, num_experts, padded, top_k, normalize, has_shared, shared_gate is not None,
         num_warps=1, **options,
     )  # fmt: skip
     routed = tokens * top_k
@@ -204,7 +206,7 @@ def moe_block(
     order = torch.empty(routed, dtype=torch.int32, device=device)
     blocks = torch.empty((num_blocks, 4), dtype=torch.int32, device=device)
     _sort_kernel[(1,)](
-        ids, order, torch.empty_like(keys[0]), blocks, tokens, num_experts, num_blocks,
+        ids, order, torch.empty(padded, dtype=torch.int32, device=device), blocks, tokens, num_experts, num_blocks,
         padded, top_k, picks, triton.next_power_of_2(routed), t.tokens, triton.cdiv(tokens, t.tokens),
         num_warps=max(1, min(8, padded // 32)), **options,
     )  # fmt: skip
@@ -310,13 +312,11 @@ def _many_rows(
     assert isinstance(down, BlockWeight), "dense stacks were multiplied before"
     picks = top_k + has_shared
     padded = max(32, triton.next_power_of_2(num_experts))
-    keys = torch.empty((tokens, padded), dtype=torch.int32, device=h.device)
     ids = torch.empty((tokens, picks), dtype=torch.int32, device=h.device)
     weights = torch.empty((tokens, picks), dtype=torch.float32, device=h.device)
     options = launch_options(h.device)
-    _key_kernel[(tokens,)](logits, keys, num_experts, padded, num_warps=1, **options)
     _choose_kernel[(tokens,)](
-        keys, logits, ids, weights, num_experts, padded, top_k, normalize, has_shared, shared_gate is not None,
+        logits, ids, weights, num_experts, padded, top_k, normalize, has_shared, shared_gate is not None,
         num_warps=1, **options,
     )  # fmt: skip
     return grouped_linear(x, gate_up, down, ids, weights, num_experts=num_experts + has_shared, residual=h)

@@ -104,12 +104,14 @@ def _store_rows(
     column = group[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
     g = tl.arange(0, NG)[None, None, None, :]
     lane = tl.arange(0, W)[None, None, :, None] * 0 + g
-    tile = load_tile(words, high, d, m, sub_d, sub_m, rows, g, KG, BITS, SUPER, MIN, SUB)
+    tiles = nothing()  # all of them: one loaded a step ahead would come from memory after the wait
+    for step in tl.static_range(STEPS):
+        tiles += (load_tile(words, high, d, m, sub_d, sub_m, rows, step * NG + g, KG, BITS, SUPER, MIN, SUB),)
     gain = tl.load(norm + column, mask=column < N, other=0.0)
     wait(PDL)
     added = tl.load(residual + n, mask=n < N, other=0.0)
     acc = tl.zeros((1, R, W, NG), tl.float32)
-    for step in range(STEPS):
+    for step in tl.static_range(STEPS):
         at = step * NG + lane
         inside = at < KG
         w0, w1, w2, w3 = load_words(x_words + at * 8, inside)
@@ -117,13 +119,8 @@ def _store_rows(
         scale = load_word(x_scales + at, inside).to(tl.float32, bitcast=True)
         if HEADS > 0:
             scale *= head_norm(squares, 0, at, inside, K, HEADS, eps)
-        if STEPS > 1:  # groups of a step beyond the last read as zeros, without a load
-            ahead = (step + 1) * NG + g
-            next_tile = load_tile(words, high, d, m, sub_d, sub_m, rows, ahead, KG, BITS, SUPER, MIN, SUB)
         quantized = with_sums(w0, w1, w2, w3, w4, w5, w6, w7, scale, GROUP, MIN or OFFSET != 0)
-        acc += products(tile, quantized, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
-        if STEPS > 1:
-            tile = next_tile
+        acc += products(tiles[step], quantized, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
     total = tl.reshape(tl.sum(acc, 3), (R, W)) + added
     tl.store(out + n, total, mask=n < N)
     shared = tl.reshape(total, (R * W // SHARE, SHARE))

@@ -151,7 +151,9 @@ def _rounded_kernel(
     lane = tl.arange(0, W)[None, None, :, None] * 0 + g
     x_words += token * (K // 4)
     x_scales += token * (K // 16)
-    tile = load_tile(words, high, d, m, sub_d, sub_m, rows, g, KG, BITS, SUPER, MIN, SUB)
+    tiles = nothing()  # all of them: one loaded a step ahead would come from memory after the wait
+    for step in tl.static_range(STEPS):
+        tiles += (load_tile(words, high, d, m, sub_d, sub_m, rows, step * NG + g, KG, BITS, SUPER, MIN, SUB),)
     wait(PDL)
     if RESIDUAL:
         added = tl.load(residual + where, mask=n < N, other=0.0)
@@ -159,14 +161,9 @@ def _rounded_kernel(
         part = tl.arange(0, PARTS_UP)
         square = tl.load(squares + token * PARTS + part, mask=part < PARTS, other=0.0)
     acc = tl.zeros((1, R, W, NG), tl.float32)
-    for step in range(STEPS):
+    for step in tl.static_range(STEPS):
         x = load_row(x_words, x_scales, step * NG + lane, KG, 4, GROUP, MIN or OFFSET != 0)
-        if STEPS > 1:  # groups of a step beyond the last read as zeros, without a load
-            ahead = (step + 1) * NG + g
-            next_tile = load_tile(words, high, d, m, sub_d, sub_m, rows, ahead, KG, BITS, SUPER, MIN, SUB)
-        acc += row_products(tile, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
-        if STEPS > 1:
-            tile = next_tile
+        acc += row_products(tiles[step], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
     y = tl.sum(acc, 3)
     if PARTS > 0:
         y *= tl.rsqrt(tl.sum(square, 0) / K + eps)

@@ -59,13 +59,29 @@ def load_state(
     HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Columns of a head's state before ``position``, with the last token's change, float32; zeros at position 0."""
+    parts = load_parts(tile_at, pending, slot, head, position, key_row, value_column, in_k, in_v, HV, DK, DV)
+    return with_change(parts)
+
+
+@triton.jit
+def load_parts(
+    tile_at, pending, slot, head, position, key_row, value_column, in_k, in_v,
+    HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """What ``load_state`` makes the state of: the tile in memory, and decay, key and change of the last token."""
     past = position > 0
     record = pending + ((slot * 2 + (position + 1) % 2) * HV + head) * (DK + DV + 1)
+    tile = tl.load(tile_at, mask=in_k[:, None] & in_v[None, :] & past, other=0.0)
     key = tl.load(record + key_row, mask=in_k & past, other=0.0)
     change = tl.load(record + DK + value_column, mask=in_v & past, other=0.0)
     decay = tl.load(record + DK + DV, mask=past, other=0.0)
-    tile = tl.load(tile_at, mask=in_k[:, None] & in_v[None, :] & past, other=0.0).to(tl.float32)
-    return tile * decay + key[:, None] * change[None, :]
+    return tile, decay, key, change
+
+
+@triton.jit
+def with_change(parts):
+    tile, decay, key, change = parts
+    return tile.to(tl.float32) * decay + key[:, None] * change[None, :]
 
 
 @triton.jit
@@ -176,29 +192,28 @@ def _delta_decode_kernel(
         runs = runs & (tl.load(active + row) != 0)
     tile_at = state + (slot * HV + head) * (DK * DV) + i[:, None] * DV + v_column[None, :]
     in_tile = in_k[:, None] & in_v[None, :]
-    tile = load_state(tile_at, pending, slot, head, position, i, v_column, in_k, in_v, HV, DK, DV)
-    # Only kernels of other steps see the state: it need not wait, and nobody has to wait for it.
-    tl.store(tile_at, tile.to(state.dtype.element_ty), mask=in_tile & runs)
-    ring = conv_state + slot * (W * C)
-    q = tl.zeros((DKP,), tl.float32)
-    k = tl.zeros((DKP,), tl.float32)
-    v = tl.zeros((BV,), tl.float32)
-    for back in tl.static_range(1, W):
-        tap = conv_weight + (W - 1 - back) * C
-        past = ring + (position - back + W) % W * C
-        known = position >= back
-        q += tl.load(past + q_at, mask=in_k & known, other=0.0) * tl.load(tap + q_at, mask=in_k, other=0.0)
-        k += tl.load(past + k_at, mask=in_k & known, other=0.0) * tl.load(tap + k_at, mask=in_k, other=0.0)
-        v += tl.load(past + v_at, mask=in_v & known, other=0.0) * tl.load(tap + v_at, mask=in_v, other=0.0)
-    last_tap = conv_weight + (W - 1) * C
-    q_tap = tl.load(last_tap + q_at, mask=in_k, other=0.0)
-    k_tap = tl.load(last_tap + k_at, mask=in_k, other=0.0)
-    v_tap = tl.load(last_tap + v_at, mask=in_v, other=0.0)
+    # All loads before anything that needs one: each would wait for the memory of the last.
     quad = 4 * (tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :])
     in_h = quad < H
     n0, n1, n2, n3 = load_floats(norm + quad, in_h)
     b0, b1, b2, b3 = load_floats(beta_alpha + head * H + quad, in_h)
     a0, a1, a2, a3 = load_floats(beta_alpha + (HV + head) * H + quad, in_h)
+    parts = load_parts(tile_at, pending, slot, head, position, i, v_column, in_k, in_v, HV, DK, DV)
+    ring = conv_state + slot * (W * C)
+    old = ()
+    for back in tl.static_range(1, W):
+        tap = conv_weight + (W - 1 - back) * C
+        past = ring + (position - back + W) % W * C
+        known = position >= back
+        old += (
+            tl.load(past + q_at, mask=in_k & known, other=0.0), tl.load(tap + q_at, mask=in_k, other=0.0),
+            tl.load(past + k_at, mask=in_k & known, other=0.0), tl.load(tap + k_at, mask=in_k, other=0.0),
+            tl.load(past + v_at, mask=in_v & known, other=0.0), tl.load(tap + v_at, mask=in_v, other=0.0),
+        )  # fmt: skip
+    last_tap = conv_weight + (W - 1) * C
+    q_tap = tl.load(last_tap + q_at, mask=in_k, other=0.0)
+    k_tap = tl.load(last_tap + k_at, mask=in_k, other=0.0)
+    v_tap = tl.load(last_tap + v_at, mask=in_v, other=0.0)
     rate = tl.exp(tl.load(a_log + head))
     bias = tl.load(dt_bias + head)
     gain = tl.load(gate_norm + v_column, mask=in_v, other=0.0)
@@ -210,6 +225,16 @@ def _delta_decode_kernel(
     a1 *= n1
     a2 *= n2
     a3 *= n3
+    q = tl.zeros((DKP,), tl.float32)
+    k = tl.zeros((DKP,), tl.float32)
+    v = tl.zeros((BV,), tl.float32)
+    for back in tl.static_range(W - 1):
+        q += old[6 * back] * old[6 * back + 1]
+        k += old[6 * back + 2] * old[6 * back + 3]
+        v += old[6 * back + 4] * old[6 * back + 5]
+    tile = with_change(parts)
+    # Only kernels of other steps see the state: it need not wait, and nobody has to wait for it.
+    tl.store(tile_at, tile.to(state.dtype.element_ty), mask=in_tile & runs)
     if PREFETCH:
         wait(PDL)
 

@@ -17,7 +17,8 @@ import triton.language as tl
 
 from ostinato.kernels.block_linear.matvec.triton import load_tile
 from ostinato.kernels.block_linear.rounded.triton import load_row, row_products, store_handed
-from ostinato.kernels.moe.route.triton import choose_all, choose_one, root_of, sum_both
+from ostinato.kernels.moe.choice.triton import nth_largest
+from ostinato.kernels.moe.route.triton import choose_all, root_of, sum_both
 from ostinato.kernels.triton import gate_times_up, nothing, trigger, wait
 
 
@@ -49,42 +50,52 @@ def store_row(y, words, scales, R: tl.constexpr):
 
 @triton.jit
 def _gate_up_kernel(
-    x_words, x_scales, roots, eps, keys, words, high, d, m, sub_d, sub_m, act_words, act_scales, E, K: tl.constexpr,
+    x_words, x_scales, roots, eps, logits, words, high, d, m, sub_d, sub_m, act_words, act_scales, E, K: tl.constexpr,
     F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr,
-    MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, R: tl.constexpr, NG: tl.constexpr,
-    WARPS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    NG: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of one token: R of F values of one pick a program, as int8 [TOP_K + shared, F].
+    """silu(gate) * up of one token: R * W of F values of one pick a program, as int8 [TOP_K + shared, F].
 
-    PARTS: 0 where the router ran by itself and left keys and the root; else ``keys`` are its logits and ``roots`` that
-    many parts of the row's squares.
+    PARTS: 0 where ``roots`` is 1 / the row's root mean square; else the parts there of its sum of squares.
     """
     KG: tl.constexpr = K // 32
     MIN: tl.constexpr = MIN_SIGN != 0
     SUB: tl.constexpr = GROUP != SUPER
+    STEPS: tl.constexpr = (KG + NG - 1) // NG
+    ROWS: tl.constexpr = R * W
     pick = tl.program_id(1)
-    g = tl.arange(0, NG)[None, None, None, :]
-    rows = tl.program_id(0) * R + tl.arange(0, R)[None, :, None, None]
+    w = tl.arange(0, W)[None, None, :, None]
+    g = tl.arange(0, NG)[None, None, None, :] + w * 0
+    rows = tl.program_id(0) * ROWS + tl.arange(0, R)[None, :, None, None] * W + w
     expert = E
     if pick < TOP_K:  # the shared expert is known without the router, and its weights come early
         wait(PDL)
         trigger(PDL)
-        expert = choose_one(keys, pick, E, EP, WARPS)
+        expert = nth_largest(logits, pick, E, EP, TOP_K)
     first = expert.to(tl.int64) * (2 * F)
-    tile = load_expert(words, high, d, m, sub_d, sub_m, first, rows, g, K, BITS, SUPER, MIN, SUB)
-    twin = load_expert(words, high, d, m, sub_d, sub_m, first, rows + F, g, K, BITS, SUPER, MIN, SUB)
+    tiles = nothing()
+    for i in tl.static_range(2 * STEPS):  # gate and up by turns
+        at = i // 2 * NG + g
+        tiles += (
+            load_expert(
+                words, high, d, m, sub_d, sub_m, first, rows + i % 2 * F, at, K, BITS, SUPER, MIN, SUB
+            ),
+        )  # fmt: skip
     if pick == TOP_K:
         wait(PDL)
         trigger(PDL)
     root = root_of(roots, eps, K, PARTS)
-    x = load_row(x_words, x_scales, g, KG, 4, GROUP, MIN or OFFSET != 0)
-    gate, up = sum_both(
-        row_products(tile, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
-        row_products(twin, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
-        3,
-    )
-    at = pick * (F // R) + tl.program_id(0)
-    store_row(gate_times_up(gate * root, up * root, "silu"), act_words + at * (R // 4), act_scales + at, R)
+    gate = tl.zeros((1, R, W, NG), tl.float32)
+    up = gate
+    for step in tl.static_range(STEPS):
+        x = load_row(x_words, x_scales, step * NG + g, KG, 4, GROUP, MIN or OFFSET != 0)
+        gate += row_products(tiles[2 * step], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
+        up += row_products(tiles[2 * step + 1], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
+    gate, up = sum_both(gate, up, 3)
+    act = tl.reshape(gate_times_up(gate * root, up * root, "silu"), (ROWS,))
+    at = pick * (F // ROWS) + tl.program_id(0)
+    store_row(act, act_words + at * (ROWS // 4), act_scales + at, ROWS)
 
 
 @triton.jit
@@ -99,11 +110,11 @@ def one_of(values, which, FIRST: tl.constexpr, COUNT: tl.constexpr, LAST: tl.con
 
 @triton.jit
 def _down_kernel(
-    act_words, act_scales, keys, logits, words, high, d, m, sub_d, sub_m, h, out, next_norm, next_x, next_scale,
+    act_words, act_scales, logits, words, high, d, m, sub_d, sub_m, h, out, next_norm, next_x, next_scale,
     squares, roots, eps, E, H, K: tl.constexpr, F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr,
     NORMALIZE: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr, SHARE: tl.constexpr, R: tl.constexpr,
-    SIDE: tl.constexpr, TOGETHER: tl.constexpr, NG: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
+    SIDE: tl.constexpr, TOGETHER: tl.constexpr, NG: tl.constexpr, EARLY: tl.constexpr,
     HANDED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = h + the weighted sum over all picks of one token, R * SIDE rows a program.
@@ -127,7 +138,7 @@ def _down_kernel(
     if not EARLY:
         wait(PDL)
     root = root_of(roots, eps, K, PARTS) if PARTS > 0 else 1.0
-    experts, weights = choose_all(keys, logits, root, E, EP, TOP_K, NORMALIZE, SHARED, GATED, WARPS)
+    experts, weights = choose_all(logits, root, E, EP, TOP_K, NORMALIZE, SHARED, GATED)
     tiles = nothing()
     for step in tl.static_range(STEPS):
         if TOGETHER == 1:

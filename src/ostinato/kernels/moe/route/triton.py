@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ostinato.kernels.moe.choice.triton import largest
 from ostinato.kernels.triton import INTERPRETED, dp4a, load_floats, nothing, quantize_quad, trigger, wait
 
 
@@ -29,27 +30,6 @@ def load_fresh(pointer):
 
 
 @triton.jit
-def sort_key(logit, expert, EP: tl.constexpr):
-    """Integers in the order of the logits, each unique: the expert's complement stands in the lowest bits."""
-    bits = logit.to(tl.int32, bitcast=True)
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) & -EP) | (EP - 1 - expert)
-
-
-@triton.jit
-def load_keys(keys, E, EP: tl.constexpr, WARPS: tl.constexpr):
-    """All keys in each warp, so that the choice needs no exchange between warps: int32 [EP / 32, WARPS, 32].
-
-    keys: [EP], or float32 logits [E].
-    """
-    lane = tl.arange(0, 32)[None, None, :] + tl.arange(0, WARPS)[None, :, None] * 0
-    e = tl.arange(0, EP // 32)[:, None, None] * 32 + lane
-    if keys.dtype.element_ty == tl.float32:
-        return tl.where(e < E, sort_key(load_fresh(keys + tl.minimum(e, E - 1)), e, EP), -2147483648)
-    else:
-        return load_fresh(keys + e)
-
-
-@triton.jit
 def root_of(roots, eps, K: tl.constexpr, PARTS: tl.constexpr):
     """1 / the root mean square of a row: as it stands there, or with PARTS of the sum of PARTS parts of K squares."""
     if PARTS == 0:
@@ -61,49 +41,15 @@ def root_of(roots, eps, K: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def largest(keys):
-    """The largest key, once a warp: [WARPS]."""
-    return tl.max(tl.max(keys, 0), 1)
-
-
-@triton.jit
-def without(keys, key):
-    return tl.where(keys == key[None, :, None], -2147483648, keys)
-
-
-@triton.jit
-def expert_of(key, E, EP: tl.constexpr):
-    """The expert of a key [WARPS] as one number; NaNs among the logits lead to some expert, never to none."""
-    return tl.minimum(EP - 1 - (tl.max(key, 0) & (EP - 1)), E - 1)
-
-
-@triton.jit
-def choose_one(keys, pick, E, EP: tl.constexpr, WARPS: tl.constexpr):
-    """The expert with the pick-th largest logit, from 0."""
-    keys = load_keys(keys, E, EP, WARPS)
-    key = largest(keys)
-    for _ in range(pick):
-        keys = without(keys, key)
-        key = largest(keys)
-    return expert_of(key, E, EP)
-
-
-@triton.jit
 def choose_all(
-    keys, logits, root, E, EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr,
-    GATED: tl.constexpr, WARPS: tl.constexpr,
+    logits, root, E, EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
     """Two tuples of TOP_K (and one, with a shared expert) numbers: experts and their weights.
 
     root: what all logits have to be multiplied by, positive.
     """
-    keys = load_keys(keys, E, EP, WARPS)
-    experts = nothing()
-    for i in tl.static_range(TOP_K):
-        key = largest(keys)
-        experts += (expert_of(key, E, EP),)
-        if i + 1 < TOP_K:
-            keys = without(keys, key)
+    experts = largest(logits, E, EP, TOP_K)
     values = nothing()
     for i in tl.static_range(TOP_K):
         values += (load_fresh(logits + experts[i]) * root,)
@@ -157,10 +103,10 @@ def of_four_groups(values, MAXIMUM: tl.constexpr, ROWS: tl.constexpr, NG: tl.con
 
 @triton.jit
 def _router_kernel(
-    h, norm, eps, router, gate, logits, keys, x_words, x_scales, roots, M, E, K: tl.constexpr, EP: tl.constexpr,
-    BN: tl.constexpr, NG: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    h, norm, eps, router, gate, logits, x_words, x_scales, roots, M, E, K: tl.constexpr, BN: tl.constexpr,
+    NG: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Logits [M, E + 1], the shared gate's last, and their keys [M, EP].
+    """Logits [M, E + 1], the shared gate's last.
 
     The last program of a row has the gate, quantizes the row times ``norm`` and stores its 1 / root mean square.
     """
@@ -194,7 +140,6 @@ def _router_kernel(
         expert = tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
         store = (flat < M) & (expert < E)
         tl.store(logits + flat * (E + 1) + expert, y, mask=store)
-        tl.store(keys + flat * EP + expert, sort_key(y, expert, EP), mask=store)
     else:
         zero = tl.zeros((1, 1, NG, 4), tl.float32)
         u0, u1, u2, u3 = zero, zero, zero, zero
@@ -202,9 +147,7 @@ def _router_kernel(
         if GATED:
             u0, u1, u2, u3 = load_floats(gate + column, g < KG)
             u4, u5, u6, u7 = load_floats(gate + column + 16, g < KG)
-        rest = tl.arange(0, EP)[None, :]
         wait(PDL)  # before any store: this memory may have been another tensor's, which a kernel still reads
-        tl.store(keys + flat * EP + rest, tl.full((ROWS, EP), -2147483648, tl.int32), mask=(flat < M) & (rest >= E))
         v0, v1, v2, v3 = load_floats(h + row * K + column, inside)
         v4, v5, v6, v7 = load_floats(h + row * K + column + 16, inside)
         squares = (v0 * v0 + v1 * v1 + v2 * v2 + v3 * v3) + (v4 * v4 + v5 * v5 + v6 * v6 + v7 * v7)
@@ -244,28 +187,15 @@ def _router_kernel(
 
 
 @triton.jit
-def _key_kernel(logits, keys, E, EP: tl.constexpr, PDL: tl.constexpr):
-    """The keys [M, EP] of logits [M, E + 1] that were computed elsewhere."""
-    trigger(PDL)
-    wait(PDL)
-    token = tl.program_id(0)
-    e = tl.arange(0, EP)
-    y = tl.load(logits + token * (E + 1) + e, mask=e < E, other=0.0)
-    tl.store(keys + token * EP + e, tl.where(e < E, sort_key(y, e, EP), -2147483648))
-
-
-@triton.jit
 def _choose_kernel(
-    keys, logits, ids, weights, E, EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr,
+    logits, ids, weights, E, EP: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SHARED: tl.constexpr,
     GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Experts int32 and weights float32 [M, TOP_K + SHARED] of keys [M, EP] and logits [M, E + 1]. One warp a token."""
+    """Experts int32 and weights float32 [M, TOP_K + SHARED] of logits [M, E + 1]. One warp a token."""
     trigger(PDL)
     wait(PDL)
     token = tl.program_id(0)
-    experts, found = choose_all(
-        keys + token * EP, logits + token * (E + 1), 1.0, E, EP, TOP_K, NORMALIZE, SHARED, GATED, 1
-    )
+    experts, found = choose_all(logits + token * (E + 1), 1.0, E, EP, TOP_K, NORMALIZE, SHARED, GATED)
     for i in tl.static_range(TOP_K + SHARED):
         tl.store(ids + token * (TOP_K + SHARED) + i, experts[i])
         tl.store(weights + token * (TOP_K + SHARED) + i, found[i])
