@@ -80,6 +80,8 @@ def plan_memory(
     Raises MemoryBudgetError, which names the largest context or batch that would fit.
     """
     weights = sum(device_bytes(info, activation, on_cpu=page_size is None) for info in tensors.values())
+    if page_size is not None and activation != torch.float32:
+        weights += family.made_bytes
     per_token = sum(spec.bytes_per_token(kv_dtype) for spec in family.kv_specs)
     copies = 1 if page_size is None else 1 + _VERIFICATION_COPIES
     state = copies * num_slots * sum(spec.bytes_per_slot(state_dtype) for spec in family.kv_specs)

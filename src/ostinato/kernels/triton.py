@@ -39,6 +39,20 @@ def wait(PDL: tl.constexpr):
 
 
 @triton.jit
+def fence():
+    """Keeps what is loaded before it before what is computed behind it; ``wait`` does so too.
+
+    The assembler would put each load next to its use, with few of them on their way at a time. It moves nothing over
+    an exit, even one that no program takes.
+    """
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.eq.u32 p, $1, 0x7fffffff; @p exit; mov.u32 $0, 0; }",
+            "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def dp4a(a, b, c):
     """c + the dot product of the four signed bytes of a and b; int32 tensors of one shape."""
     if INTERPRETED:

@@ -58,8 +58,12 @@ class Attention:
         kv: LayerKV,
         activation: torch.dtype,
         row: RoundedRow | None = None,
+        routed: bool = False,
     ) -> torch.Tensor | RoundedRow:
-        """All before the output product; arguments as for a call. What ``output`` takes."""
+        """All before the output product; arguments as for a call. What ``output`` takes.
+
+        routed: the output product will do the work of a router, for which it takes a rounded row.
+        """
         if row is None:
             qkv = self.qkv(h, norm=self.norm, out_dtype=activation)
         else:
@@ -69,7 +73,7 @@ class Attention:
         eps = self.q_norm.eps if self.q_norm is not None else 0.0
         place = (self.rope.inv_freq, self.rope.factor, batch.positions, batch.slots, kv.page_table, kv.k, kv.v)
         if batch.decode:
-            rounded = self._rounds(h)
+            rounded = self._rounds(h, routed)
             attended, scale = fused_decode_attention(
                 qkv,
                 *place,
@@ -120,12 +124,12 @@ class Attention:
             return self.out.of_rounded(result, residual=h)
         return self.out(result, residual=h)
 
-    def _rounds(self, h: torch.Tensor) -> bool:
+    def _rounds(self, h: torch.Tensor, routed: bool) -> bool:
         """Whether a decode step's attention should round its rows for the output product."""
         weight = self.out.block_weight
         if weight is None or not h.is_cuda or self.spec.head_dim % 32:
             return False
-        return prefers_int8(weight, h.shape[0])
+        return routed or prefers_int8(weight, h.shape[0])
 
     @property
     def num_bytes(self) -> int:

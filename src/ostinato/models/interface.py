@@ -80,6 +80,11 @@ class Family(Protocol):
     @property
     def kv_specs(self) -> Sequence[KVSpec | RecurrentSpec]: ...
 
+    @property
+    def made_bytes(self) -> int:
+        """Bytes that ``build`` makes of weights and keeps beside them on a GPU, outside of the exact mode."""
+        ...
+
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor under its Hugging Face name."""
         ...

@@ -144,6 +144,11 @@ class LlamaConfig:
     def kv_specs(self) -> tuple[KVSpec, ...]:
         return (KVSpec(self.num_kv_heads, self.head_dim),) * self.num_layers
 
+    @property
+    def made_bytes(self) -> int:
+        """Nothing is made of weights."""
+        return 0
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor under its Hugging Face name; matrices are (rows, columns)."""
         d, f, q, kv = (

@@ -143,7 +143,8 @@ class Qwen35ForCausalLM:
                 mixed = layer.mixer.mix(h, batch, kept, self.activation, row)
             else:
                 assert isinstance(kept, LayerKV)
-                mixed = layer.mixer.mix(h, batch, kept, self.activation, row)
+                routes = layer.routing is not None and h.shape[0] == 1
+                mixed = layer.mixer.mix(h, batch, kept, self.activation, row, routes)
             h, routed = layer.output(mixed, h)
             if isinstance(layer.mlp, MoE):
                 next_norm = handed_norm(layer.mlp, following, batch)

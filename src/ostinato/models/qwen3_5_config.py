@@ -218,6 +218,17 @@ class Qwen35Sizes:
         recurrent = RecurrentSpec(d.conv_channels, d.conv_width, d.num_v_heads, d.key_dim, d.value_dim)
         return tuple(attention if full else recurrent for full in self.full_attention)
 
+    @property
+    def made_bytes(self) -> int:
+        """Routers folded into output products, in float16; see ``fold_router``."""
+        if self.experts is None:
+            return 0
+        rows = self.experts.num + (1 if self.experts.shared_width else 0)
+        attended = self.num_heads * self.head_dim
+        mixed = attended if self.delta is None else self.delta.num_v_heads * self.delta.value_dim
+        columns = (attended if full else mixed for full in self.full_attention)
+        return sum(2 * rows * count for count, sparse in zip(columns, self.sparse, strict=True) if sparse)
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor under its Hugging Face name; matrices are (rows, columns), experts (experts, rows, columns)."""
         hidden = self.hidden_size

@@ -154,6 +154,8 @@ def test_the_output_product_does_the_routers_work(spec: Spec, monkeypatch: pytes
         runs = Runs(each, CUDA, torch.bfloat16)
         found.append(torch.cat([runs.decode(IDS[at : at + 1], [at], [0]) for at in range(60)]))
     assert len(calls) == 60 * len(model.layers)
+    folded = [layer.routing.folded for layer in model.layers if layer.routing is not None]
+    assert sum(t.nbytes for t in folded) == model.config.made_bytes
     bound = 4 * noise(spec, expected)
     assert divergence(expected[:60], found[0]) < bound
     assert divergence(found[1], found[0]) < bound

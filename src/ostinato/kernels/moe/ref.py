@@ -57,22 +57,23 @@ def moe_block_ref(
     normalize: bool = True,
     shared_gate: torch.Tensor | None = None,
     has_shared: bool = False,
-    int8_groups: tuple[int, int] | None = None,
+    int8_groups: tuple[int, int, int] | None = None,
 ) -> torch.Tensor:
     """What ``moe_block`` means, in float32, one chosen expert after the other.
 
-    int8_groups: round the inputs of gate and up, and of down, to int8 with a scale for so many columns, as kernels do.
+    int8_groups: round the inputs of gate and up, of down, and of the shared expert's down to int8 with a scale for so
+    many columns, as kernels do.
     """
     x = rms_norm_ref(h, norm, eps, torch.float32)
     shared_logit = None if shared_gate is None else x @ shared_gate.reshape(-1).float()
     ids, weights = route(x @ router.float().T, top_k, normalize, shared_logit, has_shared)
-    of_x, of_inner = int8_groups or (None, None)
+    of_x, of_inner, of_shared = int8_groups or (None, None, None)
     inputs = _rounded(x, of_x)
     total = h.clone()
     for expert in sorted(set(ids.flatten().tolist())):
         tokens, picks = torch.where(ids == expert)
         gate, up = (inputs[tokens] @ _expert(gate_up, expert, num_experts + has_shared).T).chunk(2, dim=-1)
-        inner = _rounded(F.silu(gate) * up, of_inner)
+        inner = _rounded(F.silu(gate) * up, of_inner if expert < num_experts else of_shared)
         product = inner @ _expert(down, expert, num_experts + has_shared).T
         total.index_add_(0, tokens, product * weights[tokens, picks][:, None])
     return total

@@ -39,7 +39,7 @@ class MoeTiles:
     router_rows: experts a program. router_tokens: tokens a program. gate_rows: of F a program, 4, 8 or 16: they share a
     scale. down_rows: of H a thread. early: down loads before gate and up are done. together: picks side by side over
     the threads of down for one token, a divisor of its rows a thread and of the rows side by side. tokens: picks that
-    share a program. registers: most of a thread in products of lists, 0 for no limit.
+    share a program. registers: most of a thread in products of lists, 0 for no limit; gate_registers: for one token.
 
     integer: lists are multiplied on tensor cores, 128 of F a program, eight picks at a time (tokens is 8). Then
     gate_tiles, down_tiles: tiles of 16 rows a warp, the latter in down_warps. down_depth: groups of 128 columns that
@@ -57,15 +57,38 @@ class MoeTiles:
     together: int = 1
     tokens: int = 8
     registers: int = 0
+    gate_registers: int = 0
     integer: bool = False
     gate_tiles: int = 1
     down_tiles: int = 1
     down_depth: int = 4
     down_registers: int = 128
 
-    def int8_groups(self) -> tuple[int, int]:
-        """Columns of x, and of what down reads, that share a scale."""
-        return (128, 128) if self.integer else (16, self.gate_rows)
+    def int8_groups(self, of_shared: int | None = None) -> tuple[int, int, int]:
+        """Columns that share a scale: of x, of what down reads, and there for the shared expert (``of_shared``)."""
+        of_x, of_inner = (128, 128) if self.integer else (16, self.gate_rows)
+        return of_x, of_inner, of_shared or of_inner
+
+
+@dataclass(frozen=True)
+class OneToken:
+    """How gate and up are cut for one token: groups of 32 columns side by side, and the fields of their kernel."""
+
+    groups: int
+    together: int
+    side: int
+    shared: int
+    programs: int
+
+
+def one_token(tiles: MoeTiles, hidden: int, width: int, top_k: int, has_shared: bool) -> OneToken:
+    """Rows of a weight lie in one warp, if it has warps enough of groups, so that sums meet no other warp's."""
+    groups = min(32, triton.next_power_of_2(hidden // 32))
+    together = 2 if top_k % 2 == 0 and tiles.gate_warps > 1 else 1
+    side = min(tiles.gate_rows, max(1, tiles.gate_warps * 32 // groups // together))
+    programs = top_k // together * (width // tiles.gate_rows)
+    shared = max(4, side * together // 2, triton.next_power_of_2(triton.cdiv(width, programs))) if has_shared else 0
+    return OneToken(groups, together, side, shared, programs)
 
 
 def default_tiles(m: int, hidden: int, width: int, kinds: tuple[str, str], hands_down: bool = False) -> MoeTiles:
@@ -77,9 +100,12 @@ def default_tiles(m: int, hidden: int, width: int, kinds: tuple[str, str], hands
     if m == 1:
         together = 2 if width <= 2048 else 1
         warps = 8 if hands_down and width > 512 else 4  # 16 rows a program, four a thread
-        # Kinds with few scales leave a thread room for more rows of gate and of up.
-        gate = (16, max(1, min(4, hidden // 512))) if kinds[0] in COARSE else (4, max(1, min(4, hidden // 1024)))
-        return MoeTiles(4, 8, *gate, 2 * together, warps, together=together)
+        gate, registers = (4, max(1, min(4, hidden // 1024))), 0
+        if kinds[0] in COARSE:  # few scales leave a thread room for more rows of gate and of up
+            gate = 16, 1 << max(0, min(3, (hidden // 256).bit_length() - 1))
+            # A program on each multiprocessor, not two on one, and beside it what is left of the kernel before.
+            registers = 136 if kinds[0] == "I4_128" and gate[1] == 8 and hidden <= 2048 else 0
+        return MoeTiles(4, 8, *gate, 2 * together, warps, together=together, gate_registers=registers)
     if kinds == INTEGER and m >= MIN_INTEGER and width <= 2048:
         tiles = MoeTiles(8, 8, 8, wide, 8, 1, integer=True, down_tiles=4, down_registers=255)
         if m <= 16:
@@ -164,7 +190,7 @@ def moe_block(
             shared_gate is not None, t.integer, num_warps=t.router_warps, **options,
         )  # fmt: skip
     share = t.gate_rows // 4
-    act = () if t.integer else _int8(tokens * picks, width, share, device)
+    act = () if t.integer else _int8(tokens * picks, width, share if tokens > 1 else 1, device)
     gate_planes = _planes(gate_up, gate_up_kind)
     down_planes = _planes(down, down_kind)
     gate_constants = kind_constants(KINDS[gate_up_kind])
@@ -175,12 +201,11 @@ def moe_block(
     out = torch.empty_like(h)
     down_grid = triton.cdiv(hidden, t.down_rows * side)
     if tokens == 1:
-        gate_groups = min(32, gate_groups)  # a row to a warp: their sums meet no other warp's
-        gate_side = min(t.gate_rows, t.gate_warps * 32 // gate_groups)
-        _gate_up_kernel[(width // t.gate_rows, picks)](
+        cut = one_token(t, hidden, width, top_k, has_shared)
+        _gate_up_kernel[(cut.programs,)](
             *x, eps, logits, *gate_planes, *act, num_experts, hidden, width, *gate_constants,
-            padded, top_k, t.gate_rows // gate_side, gate_side, gate_groups, parts_of_squares,
-            num_warps=t.gate_warps, **options,
+            padded, top_k, t.gate_rows // cut.side, cut.side, cut.together, cut.groups, cut.shared, parts_of_squares,
+            num_warps=t.gate_warps, **options, **_limit(t.gate_registers),
         )  # fmt: skip
         side = side // t.together
         if next_norm is not None and t.down_rows * side % HANDED:
@@ -190,7 +215,7 @@ def moe_block(
             *act, logits, *down_planes, h, out, *after, x[2], eps, num_experts, hidden, hidden, width,
             *down_constants,
             padded, top_k, normalize, has_shared, shared_gate is not None,
-            share, t.down_rows, side, t.together, down_groups, t.early,
+            share, max(cut.shared // 4, 1), t.down_rows, side, t.together, down_groups, t.early,
             HANDED if next_norm is not None else 0, parts_of_squares, num_warps=t.down_warps, **options,
         )  # fmt: skip
         return out, *handed

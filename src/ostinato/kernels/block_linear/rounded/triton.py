@@ -20,6 +20,12 @@ def load_row(words, scales, g, KG: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.
     words, scales: the row's. g: [1, 1, W, NG], the groups. SHARE: words that share a scale, 1, 2 or 4. For groups of 32
     and more the whole sum is in the first.
     """
+    return with_row_sums(load_unsummed(words, scales, g, KG, SHARE), SHARE, GROUP, SUMS)
+
+
+@triton.jit
+def load_unsummed(words, scales, g, KG: tl.constexpr, SHARE: tl.constexpr):
+    """The words and scales of ``load_row``, for whoever has other work until they are there."""
     inside = g < KG
     w0, w1, w2, w3 = load_words(words + g * 8, inside)
     w4, w5, w6, w7 = load_words(words + g * 8 + 4, inside)
@@ -35,14 +41,20 @@ def load_row(words, scales, g, KG: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.
         s0, s1, s2, s3 = load_floats(scales + g * 8, inside)
         s4, s5, s6, s7 = load_floats(scales + g * 8 + 4, inside)
         x += (s0, s1, s2, s3, s4, s5, s6, s7)
+    return x
+
+
+@triton.jit
+def with_row_sums(x, SHARE: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr):
+    """``load_row`` of what ``load_unsummed`` has loaded."""
     lower = x[8]
     upper = lower
     if SUMS:
-        ones = tl.full(w0.shape, 0x01010101, tl.int32)
-        lower = tl.zeros(w0.shape, tl.float32)
+        ones = tl.full(x[0].shape, 0x01010101, tl.int32)
+        lower = tl.zeros(x[0].shape, tl.float32)
         upper = lower
         for part in tl.static_range(4 // SHARE):
-            low = tl.full(w0.shape, 0x4B400000, tl.int32)
+            low = tl.full(x[0].shape, 0x4B400000, tl.int32)
             upp = low
             for t in tl.static_range(SHARE):
                 low = dp4a(x[part * SHARE + t], ones, low)

@@ -18,7 +18,7 @@ from ostinato.errors import KernelError
 from ostinato.kernels.block_linear.eights import SPAN
 from ostinato.kernels.delta.ref import L2_EPS, PARTS
 from ostinato.kernels.launch import launch_options, num_multiprocessors
-from ostinato.kernels.triton import INTERPRETED, load_floats, trigger, wait
+from ostinato.kernels.triton import INTERPRETED, load_floats, nothing, trigger, wait
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def _delta_decode_kernel(
     a0, a1, a2, a3 = load_floats(beta_alpha + (HV + head) * H + quad, in_h)
     parts = load_parts(tile_at, pending, slot, head, position, i, v_column, in_k, in_v, HV, DK, DV)
     ring = conv_state + slot * (W * C)
-    old = ()
+    old = nothing()
     for back in tl.static_range(1, W):
         tap = conv_weight + (W - 1 - back) * C
         past = ring + (position - back + W) % W * C

@@ -1,9 +1,9 @@
-"""The experts of the largest logits of a token, found by each warp for itself.
+"""The experts of the largest logits of a token, found by the first warp of a program.
 
 A warp holds the logits as integers in the same order, 32 apart in each lane, sorted within the lane. The largest of all
 is the maximum over the lanes' first, one instruction, after which the lane that had it moves on to its next. This is
-PTX since Triton's numbers are a warp's or come out of a tensor through shared memory: here they are a lane's until
-``redux.sync`` makes them everybody's, and no warp waits for another.
+PTX since Triton can have neither a lane's own numbers nor one warp alone at work. Every thread of a program has to come
+here, one element a thread: there is a barrier in it.
 """
 
 from __future__ import annotations
@@ -34,24 +34,23 @@ def _sorting_network(n: int) -> list[tuple[int, int]]:
 
 
 @triton.constexpr_function
-def _expert(result: int, padded: int) -> list[str]:
-    """The expert of a key; NaNs among the logits lead to some expert, never to none."""
-    return ["not.b32 t, key;", f"and.b32 t, t, {padded - 1};", f"min.u32 ${result}, t, last;"]
+def _choice(padded: int, count: int, nth: bool) -> str:
+    """PTX of the experts of the ``count`` largest of up to ``padded`` logits, or of the nth alone.
 
-
-@triton.constexpr_function
-def _choice(padded: int, count: int, one: bool) -> str:
-    """PTX of the experts of the ``count`` largest of up to ``padded`` logits, or of ``one`` of them.
-
-    Operands: the results, the logits' address, the number of experts and, for one result, its place from 0.
+    Operands: the results, the logits' address, the number of experts and, for one result, its place from 0. The first
+    warp finds all of them, the others read them in shared memory: the arithmetic of every warp would take as long as
+    there are warps.
     """
     lists = padded // 32
-    logits, number, place = (f"${i + (1 if one else count)}" for i in range(3))
+    logits, number, place = (f"${i + (1 if nth else count)}" for i in range(3))
     lines = [
+        f".shared .align 16 .b32 found[{count}];",
         f".reg .b32 lane, last, t, key, k<{lists}>;",
         f".reg .pred p, in<{lists}>;",
         ".reg .b64 at;",
-        "mov.u32 lane, %laneid;",
+        "mov.u32 lane, %tid.x;",
+        "setp.ge.u32 p, lane, 32;",
+        "@p bra OTHERS;",
         f"sub.u32 last, {number}, 1;",
         f"mad.wide.u32 at, lane, 4, {logits};",
     ]
@@ -75,16 +74,21 @@ def _choice(padded: int, count: int, one: bool) -> str:
     for low, upp in _sorting_network(lists):
         lines += [f"max.s32 t, k{low}, k{upp};", f"min.s32 k{upp}, k{low}, k{upp};", f"mov.b32 k{low}, t;"]
     for turn in range(count):
-        lines.append("redux.sync.max.s32 key, k0, 0xffffffff;")
-        if one:
-            lines += [f"setp.eq.u32 p, {place}, {turn};", "@p bra FOUND;"]
-        else:
-            lines += _expert(turn, padded)
-        lines.append("setp.eq.s32 p, k0, key;")
+        lines += [
+            "redux.sync.max.s32 key, k0, 0xffffffff;",
+            "not.b32 t, key;",
+            f"and.b32 t, t, {padded - 1};",
+            "min.u32 t, t, last;",  # NaNs among the logits lead to some expert, never to none
+            f"st.shared.b32 [found + {4 * turn}], t;",
+            "setp.eq.s32 p, k0, key;",
+        ]
         for i in range(min(lists, count - 1 - turn)):
             lines.append(f"selp.b32 k{i}, {f'k{i + 1}' if i + 1 < lists else LEAST.value}, k{i}, p;")
-    if one:
-        lines += ["FOUND:", *_expert(0, padded)]
+    lines += ["OTHERS:", "bar.sync 0;"]
+    if nth:
+        lines += ["mov.u32 t, found;", f"mad.lo.u32 t, {place}, 4, t;", "ld.shared.b32 $0, [t];"]
+    else:
+        lines += [f"ld.shared.b32 ${turn}, [found + {4 * turn}];" for turn in range(count)]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
@@ -129,14 +133,15 @@ def largest(logits, E, EP: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def nth_largest(logits, n, E, EP: tl.constexpr, COUNT: tl.constexpr):
-    """The n-th of ``largest``, n from 0 and below COUNT."""
+    """Of the tuple ``largest``, what stands at each n, an int32 tensor of numbers below COUNT."""
     if INTERPRETED:
         keys = _keys(logits, E, EP)
-        key = tl.max(keys, 0)
-        for _ in range(n):
-            keys = tl.where(keys == key, LEAST, keys)
+        found = n * 0
+        for i in tl.static_range(COUNT):
             key = tl.max(keys, 0)
-        return tl.minimum(EP - 1 - (key & (EP - 1)), E - 1)
+            found = tl.where(n == i, tl.minimum(EP - 1 - (key & (EP - 1)), E - 1), found)
+            keys = tl.where(keys == key, LEAST, keys)
+        return found
     else:
         return tl.inline_asm_elementwise(
             _choice(EP, COUNT, True), _constraints(1, "l,r,r"), [logits, E, n], dtype=tl.int32, is_pure=False, pack=1

@@ -16,10 +16,16 @@ import triton
 import triton.language as tl
 
 from ostinato.kernels.block_linear.matvec.triton import load_tile
-from ostinato.kernels.block_linear.rounded.triton import load_row, row_products, store_handed
+from ostinato.kernels.block_linear.rounded.triton import (
+    load_row,
+    load_unsummed,
+    row_products,
+    store_handed,
+    with_row_sums,
+)
 from ostinato.kernels.moe.choice.triton import nth_largest
-from ostinato.kernels.moe.route.triton import choose_all, root_of, sum_both
-from ostinato.kernels.triton import gate_times_up, nothing, trigger, wait
+from ostinato.kernels.moe.route.triton import choose_all, load_squares, root_of, sum_both
+from ostinato.kernels.triton import fence, gate_times_up, nothing, trigger, wait
 
 
 @triton.jit
@@ -37,14 +43,17 @@ def load_expert(
 
 
 @triton.jit
-def store_row(y, words, scales, R: tl.constexpr):
-    """R values as R / 4 words of int8 and their scale."""
-    four = tl.reshape(y, (R // 4, 4))
-    largest = tl.max(tl.max(tl.abs(four), 1), 0)
+def store_rows(y, words, scales):
+    """[G, R] values as R / 4 words of int8 and one scale a group. words, scales: pointers [G] to a group's."""
+    G: tl.constexpr = y.shape[0]
+    R: tl.constexpr = y.shape[1]
+    four = tl.reshape(y, (G, R // 4, 4))
+    largest = tl.max(tl.max(tl.abs(four), 2), 1)
+    inverse = (127.0 / tl.maximum(largest, 1e-30))[:, None, None]
     # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
-    rounded = (four * (127.0 / tl.maximum(largest, 1e-30)) + 12582912.0).to(tl.int32, bitcast=True)
-    bytes_ = (rounded & 255) << (8 * tl.arange(0, 4)[None, :])
-    tl.store(words + tl.arange(0, R // 4), tl.sum(bytes_, 1))
+    rounded = (four * inverse + 12582912.0).to(tl.int32, bitcast=True)
+    bytes_ = (rounded & 255) << (8 * tl.arange(0, 4)[None, None, :])
+    tl.store(words[:, None] + tl.arange(0, R // 4)[None, :], tl.sum(bytes_, 2))
     tl.store(scales, largest * (1.0 / 127.0))
 
 
@@ -52,10 +61,14 @@ def store_row(y, words, scales, R: tl.constexpr):
 def _gate_up_kernel(
     x_words, x_scales, roots, eps, logits, words, high, d, m, sub_d, sub_m, act_words, act_scales, E, K: tl.constexpr,
     F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr,
-    MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    NG: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr,
+    TOGETHER: tl.constexpr, NG: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of one token: R * W of F values of one pick a program, as int8 [TOP_K + shared, F].
+    """silu(gate) * up of one token, as int8 [TOP_K + shared, F]: R * SIDE of F values of TOGETHER picks a program.
+
+    SHARED: values of the shared expert a program, half as many as rows side by side or more; 0 without one. Its weights
+    are loaded before the choice of the others is known. Programs have a multiprocessor each, if the GPU has so many:
+    with one program a pick and some rows they went where there was room, up to eight to one.
 
     PARTS: 0 where ``roots`` is 1 / the row's root mean square; else the parts there of its sum of squares.
     """
@@ -63,39 +76,59 @@ def _gate_up_kernel(
     MIN: tl.constexpr = MIN_SIGN != 0
     SUB: tl.constexpr = GROUP != SUPER
     STEPS: tl.constexpr = (KG + NG - 1) // NG
-    ROWS: tl.constexpr = R * W
-    pick = tl.program_id(1)
+    ROWS: tl.constexpr = R * SIDE
+    W: tl.constexpr = SIDE * TOGETHER
+    BLOCKS: tl.constexpr = F // ROWS
     w = tl.arange(0, W)[None, None, :, None]
     g = tl.arange(0, NG)[None, None, None, :] + w * 0
-    rows = tl.program_id(0) * ROWS + tl.arange(0, R)[None, :, None, None] * W + w
-    expert = E
-    if pick < TOP_K:  # the shared expert is known without the router, and its weights come early
-        wait(PDL)
-        trigger(PDL)
-        expert = nth_largest(logits, pick, E, EP, TOP_K)
-    first = expert.to(tl.int64) * (2 * F)
+    block = tl.program_id(0) % BLOCKS
+    group = tl.program_id(0) // BLOCKS
+    of_shared = nothing()
+    if SHARED > 0:
+        s = tl.arange(0, 2 * SHARED // W)[None, :, None, None] * W + w
+        row = tl.program_id(0) * SHARED + s % SHARED
+        row = tl.where(row < F, row + s // SHARED * F, -1)  # gate before up; nothing is loaded for a row below 0
+        first = (tl.program_id(0) * 0 + E).to(tl.int64) * (2 * F)
+        for step in tl.static_range(STEPS):
+            of_shared += (
+                load_expert(words, high, d, m, sub_d, sub_m, first, row, step * NG + g, K, BITS, SUPER, MIN, SUB),
+            )
+    wait(PDL)
+    trigger(PDL)
+    xs = nothing()  # before the choice: behind the weights they would be the last to come
+    for step in tl.static_range(STEPS):
+        xs += (load_unsummed(x_words, x_scales, step * NG + g, KG, 4),)
+    squares = load_squares(roots, PARTS)
+    pick = group * TOGETHER + w // SIDE + g * 0
+    first = nth_largest(logits, pick, E, EP, TOP_K).to(tl.int64) * (2 * F)
+    rows = block * ROWS + tl.arange(0, R)[None, :, None, None] * SIDE + w % SIDE
     tiles = nothing()
     for i in tl.static_range(2 * STEPS):  # gate and up by turns
         at = i // 2 * NG + g
-        tiles += (
-            load_expert(
-                words, high, d, m, sub_d, sub_m, first, rows + i % 2 * F, at, K, BITS, SUPER, MIN, SUB
-            ),
-        )  # fmt: skip
-    if pick == TOP_K:
-        wait(PDL)
-        trigger(PDL)
-    root = root_of(roots, eps, K, PARTS)
+        tiles += (load_expert(words, high, d, m, sub_d, sub_m, first, rows + i % 2 * F, at, K, BITS, SUPER, MIN, SUB),)
+    fence()
+    root = root_of(squares, eps, K, PARTS)
     gate = tl.zeros((1, R, W, NG), tl.float32)
     up = gate
+    both = tl.zeros((1, max(2 * SHARED // W, 1), W, NG), tl.float32)
     for step in tl.static_range(STEPS):
-        x = load_row(x_words, x_scales, step * NG + g, KG, 4, GROUP, MIN or OFFSET != 0)
+        x = with_row_sums(xs[step], 4, GROUP, MIN or OFFSET != 0)
+        if SHARED > 0:
+            both += row_products(of_shared[step], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
         gate += row_products(tiles[2 * step], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
         up += row_products(tiles[2 * step + 1], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
     gate, up = sum_both(gate, up, 3)
-    act = tl.reshape(gate_times_up(gate * root, up * root, "silu"), (ROWS,))
-    at = pick * (F // ROWS) + tl.program_id(0)
-    store_row(act, act_words + at * (ROWS // 4), act_scales + at, ROWS)
+    act = tl.reshape(gate_times_up(gate * root, up * root, "silu"), (R, TOGETHER, SIDE))
+    act = tl.reshape(tl.permute(act, (1, 0, 2)), (TOGETHER, ROWS))
+    at = (group * TOGETHER + tl.arange(0, TOGETHER)) * BLOCKS + block
+    store_rows(act, act_words + at * (ROWS // 4), act_scales + at)
+    if SHARED > 0:
+        gate, up = tl.split(tl.permute(tl.reshape(tl.sum(both, 3), (2, SHARED)), (1, 0)))
+        if tl.program_id(0) * SHARED < F:
+            of_one = tl.reshape(gate_times_up(gate * root, up * root, "silu"), (1, SHARED))
+            last = TOP_K * BLOCKS + tl.program_id(0) + tl.arange(0, 1)
+            word = act_words + TOP_K * (F // 4) + tl.program_id(0) * (SHARED // 4) + tl.arange(0, 1)
+            store_rows(of_one, word, act_scales + last)
 
 
 @triton.jit
@@ -113,9 +146,9 @@ def _down_kernel(
     act_words, act_scales, logits, words, high, d, m, sub_d, sub_m, h, out, next_norm, next_x, next_scale,
     squares, roots, eps, E, H, K: tl.constexpr, F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr,
-    NORMALIZE: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr, SHARE: tl.constexpr, R: tl.constexpr,
-    SIDE: tl.constexpr, TOGETHER: tl.constexpr, NG: tl.constexpr, EARLY: tl.constexpr,
-    HANDED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    NORMALIZE: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr, SHARE: tl.constexpr,
+    SHARE_SHARED: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr, TOGETHER: tl.constexpr, NG: tl.constexpr,
+    EARLY: tl.constexpr, HANDED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = h + the weighted sum over all picks of one token, R * SIDE rows a program.
 
@@ -137,7 +170,7 @@ def _down_kernel(
     rows = tl.minimum(start + tl.arange(0, R)[None, :, None, None] * SIDE + w % SIDE, H - 1)
     if not EARLY:
         wait(PDL)
-    root = root_of(roots, eps, K, PARTS) if PARTS > 0 else 1.0
+    root = root_of(load_squares(roots, PARTS), eps, K, PARTS) if PARTS > 0 else 1.0
     experts, weights = choose_all(logits, root, E, EP, TOP_K, NORMALIZE, SHARED, GATED)
     tiles = nothing()
     for step in tl.static_range(STEPS):
@@ -172,8 +205,9 @@ def _down_kernel(
             acc += row_products(tiles[step], x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weight
     total += tl.sum(tl.reshape(tl.sum(acc, 3), (R, TOGETHER, SIDE)), 1)
     if SHARED:
-        x = load_row(act_words + TOP_K * (F // 4), act_scales + TOP_K * (F // 4 // SHARE), g, FG, SHARE, GROUP, SUMS)
-        of_shared = row_products(shared, x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weights[TOP_K]
+        scales = act_scales + TOP_K * (F // 4 // SHARE)
+        x = load_row(act_words + TOP_K * (F // 4), scales, g, FG, SHARE_SHARED, GROUP, SUMS)
+        of_shared = row_products(shared, x, SHARE_SHARED, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weights[TOP_K]
         total += tl.reshape(tl.sum(of_shared, 3), (R, SIDE))
     tl.store(out + n, total, mask=n < H)
     if HANDED:
@@ -242,8 +276,9 @@ def _gate_up_list_kernel(
                 row_products(twin, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
                 3,
             )
-            at = row * (F // R) + tl.program_id(0)
-            store_row(gate_times_up(gate * root, up * root, "silu"), act_words + at * (R // 4), act_scales + at, R)
+            at = row * (F // R) + tl.program_id(0) + tl.arange(0, 1)
+            act = tl.reshape(gate_times_up(gate * root, up * root, "silu"), (1, R))
+            store_rows(act, act_words + at * (R // 4), act_scales + at)
             row = ahead
             ahead = next_ahead
             root = next_root
