@@ -128,10 +128,16 @@ class RecordedAttention(Attention):
     stream: Stream
 
     def mix(
-        self, h: torch.Tensor, batch: Batch, kv: LayerKV, activation: torch.dtype, row: RoundedRow | None = None
+        self,
+        h: torch.Tensor,
+        batch: Batch,
+        kv: LayerKV,
+        activation: torch.dtype,
+        row: RoundedRow | None = None,
+        routed: bool = False,
     ) -> torch.Tensor | RoundedRow:
         self.stream.read_by_mixer(self.index, h, batch)
-        return super().mix(h, batch, kv, activation, row)
+        return super().mix(h, batch, kv, activation, row, routed)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

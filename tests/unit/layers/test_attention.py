@@ -57,7 +57,7 @@ def test_a_rounded_row_goes_through_the_same_product(gated: bool, monkeypatch: p
     monkeypatch.setattr(
         Linear, "of_rounded", lambda self, row, **named: seen.append(row) or product(self, row, **named)
     )
-    monkeypatch.setattr(Attention, "_rounds", lambda self, rows: True)
+    monkeypatch.setattr(Attention, "_rounds", lambda self, rows, routed: True)
     found = mixer(h, *given)
     assert [row.x.dtype for row in seen] == [torch.int8]
     # int8 in groups of 32 is off by 1 / sqrt(12) of a step, of which 127 are some 2 to 3 times the root mean square.
@@ -67,4 +67,4 @@ def test_a_rounded_row_goes_through_the_same_product(gated: bool, monkeypatch: p
 
 def test_on_a_cpu_rows_stay_as_they_are() -> None:
     mixer = layer("Q4_0", 64, 2, 1, 32, False, CPU)
-    assert not mixer._rounds(torch.zeros(1, 64))
+    assert not mixer._rounds(torch.zeros(1, 64), routed=True)
