@@ -144,6 +144,17 @@ def test_tensor_cores_take_lists_of_one_kind():
     assert rule(4, 2048, 512, ours).int8_groups() == (16, 16, 16)
 
 
+def test_the_choice_sorts_what_a_lane_holds():
+    """A network that sorts all zeros and ones sorts everything."""
+    network = load("ostinato.kernels.moe.choice.triton:_sorting_network")
+    for n in (1, 2, 4, 8, 16):
+        values = (torch.arange(2**n)[:, None] >> torch.arange(n)) & 1
+        for low, upp in network(n):
+            pair = values[:, [low, upp]]
+            values[:, low], values[:, upp] = pair.amax(1), pair.amin(1)
+        assert torch.equal(values, values.sort(1, descending=True).values)
+
+
 def test_equal_logits_go_to_the_lower_expert(device):
     case = random_case(1, device, num_experts=6, top_k=2, has_shared=False)
     case.router.zero_()

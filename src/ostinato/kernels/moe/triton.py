@@ -11,7 +11,7 @@ import triton
 from ostinato.errors import KernelError
 from ostinato.kernels.block_linear.planes import kind_constants, pairs
 from ostinato.kernels.grouped_linear import grouped_linear
-from ostinato.kernels.launch import launch_options
+from ostinato.kernels.launch import launch_options, num_multiprocessors
 from ostinato.kernels.moe.experts.triton import (
     _combine_kernel,
     _down_kernel,
@@ -202,10 +202,13 @@ def moe_block(
     down_grid = triton.cdiv(hidden, t.down_rows * side)
     if tokens == 1:
         cut = one_token(t, hidden, width, top_k, has_shared)
+        registers = t.gate_registers
+        if cut.programs > num_multiprocessors(device):
+            registers = min(registers, 128)  # two of eight warps fit a multiprocessor
         _gate_up_kernel[(cut.programs,)](
             *x, eps, logits, *gate_planes, *act, num_experts, hidden, width, *gate_constants,
             padded, top_k, t.gate_rows // cut.side, cut.side, cut.together, cut.groups, cut.shared, parts_of_squares,
-            num_warps=t.gate_warps, **options, **_limit(t.gate_registers),
+            num_warps=t.gate_warps, **options, **_limit(registers),
         )  # fmt: skip
         side = side // t.together
         if next_norm is not None and t.down_rows * side % HANDED:
