@@ -114,11 +114,11 @@ def decode_cases(rows: int, tilings: list[Tiling | None]) -> Iterator[Case]:
 
             def call(i: int, tiling: Tiling | None = tiling, form: str = form) -> object:
                 given = x | layers[i % len(layers)]
-                return delta_decode(**given, **HEADS, form=form, prefetch=True, tiling=tiling)
+                return delta_decode(**given, **HEADS, form=form, gates=None, prefetch=True, tiling=tiling)
 
             def error(tiling: Tiling | None = tiling, form: str = form) -> float:
                 ours, theirs = copied(x | layers[0]), copied(x | layers[0])
-                y, _, scale = delta_decode(**ours, **HEADS, form=form, prefetch=False, tiling=tiling)
+                y, _, scale = delta_decode(**ours, **HEADS, form=form, gates=None, prefetch=False, tiling=tiling)
                 expected, _, true_scale = delta_decode_ref(**theirs, **HEADS, form=form)
                 if form == "rounded":
                     y, expected = (a.view(*s.shape, 32) * s[..., None] for a, s in ((y, scale), (expected, true_scale)))

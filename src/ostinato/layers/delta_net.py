@@ -61,15 +61,24 @@ class DeltaNet:
     ) -> torch.Tensor | RoundedRow | RoundedEights:
         """All before the output product; arguments as for a call. What ``output`` takes."""
         if row is None:
-            qkvz = self.in_proj(h, norm=self.norm, out_dtype=activation)
-        else:
-            qkvz = self.in_proj.of_rounded(row, out_dtype=activation)
-        return self.rule(qkvz, h, batch, state)
+            return self.rule(self.in_proj(h, norm=self.norm, out_dtype=activation), h, batch, state)
+        # The gates' products go with the projection: in the rule they would be done by every program of a head.
+        norm, beside = self.norm.weight, self.beta_alpha
+        qkvz, gates = self.in_proj.of_rounded_beside(row, h, norm, beside, out_dtype=activation)
+        return self.rule(qkvz, h, batch, state, gates)
 
     def rule(
-        self, qkvz: torch.Tensor, h: torch.Tensor, batch: Batch, state: RecurrentState
+        self,
+        qkvz: torch.Tensor,
+        h: torch.Tensor,
+        batch: Batch,
+        state: RecurrentState,
+        gates: torch.Tensor | None = None,
     ) -> torch.Tensor | RoundedRow | RoundedEights:
-        """Convolution, gates, delta rule and gated norm; advances the states. What the output product reads."""
+        """Convolution, gates, delta rule and gated norm; advances the states. What the output product reads.
+
+        gates: float32 [1, 2 heads], norm(h) · beta_alpha, if they are there already; in a decode step alone.
+        """
         weights = (
             self.norm.weight,
             self.norm.eps,
@@ -111,6 +120,7 @@ class DeltaNet:
             num_v_heads=self.num_v_heads,
             tiled=self.tiled,
             form=form,
+            gates=gates,
             # The embedding starts a step with a full dependency, and states advance in this kernel alone.
             prefetch=True,
         )

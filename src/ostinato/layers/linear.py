@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ostinato.kernels.block_linear import block_linear, eights_linear, int8_linear
+from ostinato.kernels.block_linear import block_linear, eights_linear, int8_linear, int8_linear_beside
 from ostinato.kernels.dense_linear import dense_linear
 from ostinato.kernels.gated import gated_activation
 from ostinato.kernels.rms_norm import rms_norm
@@ -219,6 +219,18 @@ class Linear:
         return int8_linear(
             row.x, row.scale, weight, squares=row.squares, eps=row.eps, residual=residual, out_dtype=out_dtype
         )
+
+    def of_rounded_beside(
+        self, row: RoundedRow, h: torch.Tensor, norm: torch.Tensor, beside: torch.Tensor, *, out_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``of_rounded`` of one row, and float32 [1, R] of norm(h) · beside, [R, K], in the same kernel."""
+        weight = self.block_weight
+        assert weight is not None, "rows are rounded for one matrix of blocks alone"
+        assert row.squares is not None, "the row's norm is left to its product"
+        return int8_linear_beside(
+            row.x, row.scale, weight, squares=row.squares, eps=row.eps, h=h, norm=norm, beside=beside,
+            out_dtype=out_dtype,
+        )  # fmt: skip
 
     def of_routed(self, row: RoundedRow, residual: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, RoutedRow]:
         """``of_rounded`` of one row, float32 [1, N], with what the experts behind it take in place of their router."""

@@ -4,9 +4,16 @@ import pytest
 import torch
 
 from ostinato.errors import KernelError
-from ostinato.kernels.block_linear import block_linear, int8_linear, prefers_int8
-from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref, int8_linear_ref
+from ostinato.kernels.block_linear import block_linear, int8_linear, int8_linear_beside, prefers_int8
+from ostinato.kernels.block_linear.ref import (
+    block_linear_int8_ref,
+    block_linear_ref,
+    int8_linear_beside_ref,
+    int8_linear_ref,
+)
+from ostinato.kernels.moe.ref import hand_down_ref
 from ostinato.kernels.registry import load
+from ostinato.kernels.rms_norm.ref import rms_norm_ref
 from ostinato.kernels.tuning import Tiles
 from ostinato.quant.blocks import KINDS, dequantize
 
@@ -213,6 +220,43 @@ def test_int8_rows_with_a_scale_for_16_columns(kind, tiles, parts, device):
     torch.testing.assert_close(rounded.float(), without, rtol=2.0**-7, atol=1e-4 * float(without.abs().max()))
     public = int8_linear(x, scale, weight, squares=squares, eps=1e-5, out_dtype=torch.bfloat16)
     torch.testing.assert_close(public.float(), without, rtol=2.0**-8, atol=1e-4 * float(without.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "k", "rows"), [("I4_128", 384, 6), ("Q8_0", 96, 4), ("Q4_K", 256, 1)])
+def test_rows_of_floats_beside_those_of_a_weight(kind, k, rows, dtype, device, poisoned):
+    weight = random_weight(kind, 10, k, device)
+    h, norm = torch.randn(1, k, device=device) * 3, torch.randn(k, device=device)
+    beside = (torch.randn(rows, k, device=device) * k**-0.5).to(dtype)
+    x, scale, squares = hand_down_ref(h, norm)
+    kernel = load("ostinato.kernels.block_linear.triton:int8_linear_beside")
+    tiles = Tiles("streamed", rows=8, groups=4, tokens=1, warps=1)
+    found, logits = kernel(x, scale, *operands(weight), squares, 1e-5, h, norm, beside, torch.float32, tiles)
+    expected, right = int8_linear_beside_ref(x, scale, weight, squares, 1e-5, h, norm, beside, torch.float32)
+    wide = x.float() * scale.repeat_interleave(16, dim=1) * torch.rsqrt(squares.sum(2) / k + 1e-5)
+    assert_sums_agree(found, expected, wide, weight)
+    normed = rms_norm_ref(h, norm, 1e-5, torch.float32)
+    bound = k * 2.0**-24 * (normed.abs() @ beside.float().abs().T)  # of sums in another order
+    assert bool(((logits - right).abs() <= bound).all())
+    public = int8_linear_beside(
+        x, scale, weight, squares=squares, eps=1e-5, h=h, norm=norm, beside=beside, out_dtype=torch.float32
+    )
+    assert_sums_agree(public[0], expected, wide, weight)
+    assert bool(((public[1] - right).abs() <= bound).all())
+
+
+def test_what_stands_beside_must_fit(device):
+    weight = random_weight("Q8_0", 10, 64, device)
+    h, norm, beside = torch.randn(1, 64, device=device), torch.ones(64, device=device), torch.ones(3, 64, device=device)
+    x, scale, squares = hand_down_ref(h, norm)
+    right = {"x": x, "scale": scale, "squares": squares, "h": h, "norm": norm, "beside": beside}
+    for name, wrong in (
+        ("x", x.float()), ("scale", scale[:, :2]), ("squares", squares[0]), ("h", h.double()), ("norm", norm[1:]),
+        ("beside", beside[:, 1:]),
+    ):  # fmt: skip
+        given = right | {name: wrong}
+        with pytest.raises(KernelError, match=f"contiguous {name} "):
+            int8_linear_beside(given.pop("x"), given.pop("scale"), weight, eps=0.0, out_dtype=torch.float32, **given)
 
 
 def test_rows_that_are_int8_already_have_tiles_for_every_shape():

@@ -8,6 +8,7 @@ from ostinato.kernels.block_linear.eights import from_eights
 from ostinato.kernels.delta.decode.triton import Tiling, choose
 from ostinato.kernels.delta.decode.triton import delta_decode as launch
 from ostinato.kernels.delta.ref import delta_decode_ref
+from ostinato.kernels.rms_norm.ref import rms_norm_ref
 
 from .deltas import arguments, copied, distance, int32, with_past
 
@@ -25,6 +26,7 @@ def compare(
     tiled: bool = False,
     form: str = "plain",
     prefetch: bool = False,
+    given_gates: bool = False,
     tiling: Tiling | None = None,
     tolerance: float = FLOAT32,
     state_tolerance: float = FLOAT32,
@@ -34,9 +36,14 @@ def compare(
     runs = torch.ones_like(given["slots"]) if active is None else active
     flags = {"tiled": tiled, "form": form}
     y_ref, squares_ref, scale_ref = delta_decode_ref(**expected, active=active, **flags)
-    y, squares, scale = launch(
-        **got, active=None if active is None else active.to(device), **flags, prefetch=prefetch, tiling=tiling
-    )
+    gates = None
+    if given_gates:
+        normed = rms_norm_ref(given["h"], given["norm"], given["norm_eps"], torch.float32)
+        gates = (normed @ given["beta_alpha"].float().T).to(device)
+        for name in ("h", "norm", "beta_alpha"):
+            got[name].fill_(torch.nan)
+    active = None if active is None else active.to(device)
+    y, squares, scale = launch(**got, active=active, **flags, gates=gates, prefetch=prefetch, tiling=tiling)
     assert y.dtype == y_ref.dtype
     assert squares.shape == squares_ref.shape
     assert scale.shape == scale_ref.shape
@@ -64,6 +71,13 @@ def test_deferred_norm_in_parts(parts: int, key_dim: int, value_dim: int, device
     given = with_past(arguments(2, key_dim=key_dim, value_dim=value_dim), [5, 0])
     for tiled in (False, True):
         compare(given, device, tiled=tiled, form="rounded", tiling=Tiling(parts, 2), prefetch=True)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_gates_that_are_there_already(parts: int, device: torch.device) -> None:
+    given = with_past(arguments(1, value_dim=128), [5])
+    compare(given, device, form="rounded", given_gates=True, tiling=Tiling(parts, 1))
+    compare(with_past(arguments(3), [4, 0, 7]), device, given_gates=True)
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -108,7 +122,7 @@ def test_heads_rounded_by_eight_rows(rows: int, device: torch.device) -> None:
     got = copied(given, device)
     y_ref, _, factors_ref = delta_decode_ref(**copied(given), active=None, tiled=False, form="eights")
     flags = {"active": None, "tiled": False, "form": "eights", "prefetch": False}
-    y, squares, factors = launch(**got, **flags)
+    y, squares, factors = launch(**got, gates=None, **flags)
     assert squares.numel() == 0
     assert y.shape == y_ref.shape
     # values that differ in their last bits may round to neighbours, which changes their sum too

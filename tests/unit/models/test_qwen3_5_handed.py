@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,14 +63,18 @@ def on_gpu(batch: Batch) -> Any:
 @pytest.fixture
 def handed(monkeypatch: pytest.MonkeyPatch) -> list[RoundedRow]:
     """Makes the model believe that it runs on a GPU, and lists the rows that were handed on."""
-    real, product, rows = qwen3_5.handed_norm, Linear.of_rounded, []
+    real, rows = qwen3_5.handed_norm, []
 
-    def spied(self: Linear, row: RoundedRow, **options: Any) -> torch.Tensor:
-        rows.append(row)
-        return product(self, row, **options)
+    def spied(product: Callable[..., Any]) -> Callable[..., Any]:
+        def seen(self: Linear, row: RoundedRow, *given: Any, **options: Any) -> Any:
+            rows.append(row)
+            return product(self, row, *given, **options)
+
+        return seen
 
     monkeypatch.setattr(qwen3_5, "handed_norm", lambda mlp, following, batch: real(mlp, following, on_gpu(batch)))
-    monkeypatch.setattr(Linear, "of_rounded", spied)
+    for name in ("of_rounded", "of_rounded_beside"):
+        monkeypatch.setattr(Linear, name, spied(getattr(Linear, name)))
     return rows
 
 

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ostinato.errors import KernelError
 from ostinato.kernels.block_linear.eights import SPAN
-from ostinato.kernels.block_linear.ref import block_linear_ref, default_dtype, eights_linear_ref, int8_linear_ref
+from ostinato.kernels.block_linear.ref import (
+    block_linear_ref,
+    default_dtype,
+    eights_linear_ref,
+    int8_linear_beside_ref,
+    int8_linear_ref,
+)
 from ostinato.kernels.gated import GATES
 from ostinato.kernels.registry import load, register
 from ostinato.quant.blocks import BlockWeight
 
-__all__ = ["block_linear", "check_linear", "eights_linear", "int8_linear", "prefers_eights", "prefers_int8"]
+__all__ = [
+    "block_linear",
+    "check_linear",
+    "eights_linear",
+    "int8_linear",
+    "int8_linear_beside",
+    "prefers_eights",
+    "prefers_int8",
+]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -103,6 +119,55 @@ def int8_linear(
     if x.device.type == "cpu":
         return int8_linear_ref(x, scale, weight, squares, eps, residual, out_dtype)
     result: torch.Tensor = _int8_linear(x, scale, *weight.operands, squares, eps, residual, out_dtype)
+    return result
+
+
+def int8_linear_beside(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    weight: BlockWeight,
+    *,
+    squares: torch.Tensor,
+    eps: float,
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    beside: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``int8_linear`` of one row and, in the same kernel, products with a matrix that is not quantized.
+
+    x: int8 [1, K], scale: float32 [1, K/16] and squares: float32 [1, 1, parts], as the maker of the row ``h``, float32
+    [1, K], rounded h * norm. norm: float32 [K]. beside: float32 or bfloat16 [R, K].
+
+    Returns (out [1, N] of ``out_dtype``, float32 [1, R] rms_norm(h, norm, eps) · beside). Raises KernelError.
+    """
+    k, rows = weight.shape[1], beside.shape[0] if beside.dim() == 2 else 0
+    floats = (torch.float32,)
+    for name, tensor, shape, dtypes in (
+        ("x", x, (1, k), (torch.int8,)),
+        ("scale", scale, (1, k // 16), floats),
+        ("squares", squares, (1, 1, squares.shape[-1] if squares.dim() else 0), floats),
+        ("h", h, (1, k), floats),
+        ("norm", norm, (k,), floats),
+        ("beside", beside, (rows, k), (torch.float32, torch.bfloat16)),
+    ):
+        if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous() or not tensor.numel():
+            raise KernelError(
+                f"int8_linear_beside takes a contiguous {name} {list(shape)} of"
+                f" {' or '.join(str(d)[6:] for d in dtypes)}, got {list(tensor.shape)} {tensor.dtype}"
+            )
+        if tensor.device != weight.device:
+            raise KernelError(
+                f"int8_linear_beside: the weight is on {weight.device}, {name} on {tensor.device}: move them to one"
+                " device"
+            )
+    if out_dtype not in FLOATS:
+        raise KernelError(f"int8_linear_beside takes an out_dtype of floats, got {out_dtype}")
+    if x.device.type == "cpu":
+        return int8_linear_beside_ref(x, scale, weight, squares, eps, h, norm, beside, out_dtype)
+    result: tuple[torch.Tensor, torch.Tensor] = _int8_linear_beside(
+        x, scale, *weight.operands, squares, eps, h, norm, beside, out_dtype
+    )
     return result
 
 
@@ -290,6 +355,43 @@ _int8_linear = register(
     reference=_int8_linear_cpu,
     kernel="ostinato.kernels.block_linear.triton:int8_linear",
     fake=lambda x, scale, words, *rest: x.new_empty((x.shape[0], words.shape[0]), dtype=rest[-1]),
+)
+
+
+def _int8_linear_beside_cpu(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    words: torch.Tensor,
+    d: torch.Tensor,
+    high: torch.Tensor | None,
+    m: torch.Tensor | None,
+    sub_d: torch.Tensor | None,
+    sub_m: torch.Tensor | None,
+    kind: str,
+    squares: torch.Tensor,
+    eps: float,
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    beside: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = BlockWeight.of(x.shape[1], words, d, high, m, sub_d, sub_m, kind)
+    return int8_linear_beside_ref(x, scale, weight, squares, eps, h, norm, beside, out_dtype)
+
+
+def _int8_linear_beside_fake(
+    x: torch.Tensor, scale: torch.Tensor, words: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty((1, words.shape[0]), dtype=rest[-1]), scale.new_empty((1, rest[-2].shape[0]))
+
+
+_int8_linear_beside = register(
+    "int8_linear_beside(Tensor x, Tensor scale, Tensor words, Tensor d, Tensor? high, Tensor? m, Tensor? sub_d,"
+    " Tensor? sub_m, str kind, Tensor squares, float eps, Tensor h, Tensor norm, Tensor beside, ScalarType out_dtype)"
+    " -> (Tensor, Tensor)",
+    reference=_int8_linear_beside_cpu,
+    kernel="ostinato.kernels.block_linear.triton:int8_linear_beside",
+    fake=_int8_linear_beside_fake,
 )
 
 

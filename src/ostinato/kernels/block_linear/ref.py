@@ -68,6 +68,22 @@ def int8_linear_ref(
     return block_linear_ref(wide, weight, residual=residual, out_dtype=out_dtype)
 
 
+def int8_linear_beside_ref(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    weight: BlockWeight,
+    squares: torch.Tensor,
+    eps: float,
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    beside: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``int8_linear_beside`` means."""
+    out = int8_linear_ref(x, scale, weight, squares, eps, None, out_dtype)
+    return out, rms_norm_ref(h, norm, eps, torch.float32) @ beside.float().T
+
+
 def eights_linear_ref(
     x: torch.Tensor, factors: torch.Tensor, weight: BlockWeight, rows: int, residual: torch.Tensor | None
 ) -> torch.Tensor:

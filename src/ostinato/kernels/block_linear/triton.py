@@ -20,6 +20,7 @@ from ostinato.kernels.tuning import Tiles, linear_key, table
 from ostinato.quant.blocks import KINDS, BlockKind
 
 SMALL = 2**21  # elements of a weight whose products are bound by their start and not by memory
+BESIDE = 4  # rows of floats a program, beside a product of a rounded row
 DENSE_BYTES = 256 << 20  # the most that a product of many rows dequantizes at a time
 
 
@@ -139,15 +140,64 @@ def int8_linear(
         flags = (False, residual is not None, None)
         _streamed(words_of_x, scale.view(torch.int32), squares, eps, planes, after, constants, flags, tiles)
         return out
-    parts = squares.shape[2] if squares is not None else 0
-    width = rows_side_by_side(tiles)
-    _rounded_kernel[(triton.cdiv(n, tiles.rows), tokens)](
-        words_of_x, scale, squares if squares is not None else scale, eps, *planes,
-        residual if residual is not None else out, out, n, k, *constants, tiles.rows // width, width, tiles.groups,
-        parts, triton.next_power_of_2(max(1, parts)), residual is not None,
-        num_warps=tiles.warps, **launch_options(x.device),
-    )  # fmt: skip
+    _rounded(words_of_x, scale, squares, eps, planes, residual, out, k, constants, tiles, None)
     return out
+
+
+def int8_linear_beside(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    words: torch.Tensor,
+    d: torch.Tensor,
+    high: torch.Tensor | None,
+    m: torch.Tensor | None,
+    sub_d: torch.Tensor | None,
+    sub_m: torch.Tensor | None,
+    kind: str,
+    squares: torch.Tensor,
+    eps: float,
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    beside: torch.Tensor,
+    out_dtype: torch.dtype,
+    tiles: Tiles | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel; arguments and results as the op's, and ``tiles`` in place of the table's."""
+    k, n = x.shape[1], words.shape[0]
+    out = torch.empty((1, n), dtype=out_dtype, device=x.device)
+    logits = torch.empty((1, beside.shape[0]), dtype=torch.float32, device=x.device)
+    if tiles is None:
+        tiles = _int8_tiles(kind, n, k, 1, x.device)
+    planes = pairs(words, d, high, m, sub_d, sub_m, KINDS[kind])
+    given = h, norm, beside, logits
+    _rounded(x.view(torch.int32), scale, squares, eps, planes, None, out, k, kind_constants(KINDS[kind]), tiles, given)
+    return out, logits
+
+
+def _rounded(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    squares: torch.Tensor | None,
+    eps: float,
+    planes: tuple[torch.Tensor, ...],
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    k: int,
+    constants: tuple[int, ...],
+    tiles: Tiles,
+    beside: tuple[torch.Tensor, ...] | None,
+) -> None:
+    """Launch ``_rounded_kernel`` for x of int8 words. beside: what stands from h to logits in its arguments."""
+    (tokens, n), parts, width = out.shape, squares.shape[2] if squares is not None else 0, rows_side_by_side(tiles)
+    count = 0 if beside is None else beside[2].shape[0]
+    # One kernel for products with and without rows beside them: two would not stay in the instruction cache.
+    together = BESIDE if tokens == 1 and squares is not None and residual is None else 0
+    _rounded_kernel[(triton.cdiv(n, tiles.rows) + triton.cdiv(count, BESIDE), tokens)](
+        x, scale, squares if squares is not None else scale, eps, *planes,
+        residual if residual is not None else out, out, *(beside or (scale, scale, out, scale)), count, n, k,
+        *constants, tiles.rows // width, width, tiles.groups, parts, triton.next_power_of_2(max(1, parts)),
+        residual is not None, together, num_warps=tiles.warps, **launch_options(out.device),
+    )  # fmt: skip
 
 
 def prefers_int8(kind: str, n: int, k: int, m: int, device: torch.device) -> bool:

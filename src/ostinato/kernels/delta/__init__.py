@@ -37,6 +37,7 @@ def delta_decode(
     num_v_heads: int,
     tiled: bool = False,
     form: str = "plain",
+    gates: torch.Tensor | None = None,
     prefetch: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One token of each row's slot, in one kernel; conv_state, state and pending are written in place at ``slots``.
@@ -60,6 +61,8 @@ def delta_decode(
     [M, Hv Dv / 32]. The norm is deferred, so that several programs may share a head: squares float32 [M, Hv, 4] has
     parts of the sum of o² of a head, and ``int8_linear`` multiplies by rsqrt(squares.sum(-1) / Dv + eps).
     ``eights`` (Dv = 128), for ``eights_linear``: the plain y as int8 by eight rows, its factors in place of scale.
+    gates: float32 [M, 2 Hv], rms_norm(h, norm, norm_eps) · beta_alpha where somebody has it already; h, norm and
+    beta_alpha are then not read.
     prefetch: a promise that no kernel has read or written the states, or written slots, positions or active, since the
     last full dependency of the stream (the start of a step); the kernel then reads them all and writes ``state`` while
     the one before it still runs.
@@ -69,6 +72,16 @@ def delta_decode(
         "delta_decode", qkvz, h, norm, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, conv_state, state,
         pending, slots, positions, active, num_k_heads, num_v_heads,
     )  # fmt: skip
+    if gates is not None and (
+        gates.shape != (qkvz.shape[0], 2 * num_v_heads)
+        or gates.dtype != torch.float32
+        or not gates.is_contiguous()
+        or gates.device != qkvz.device
+    ):
+        raise KernelError(
+            f"delta_decode takes contiguous gates float32 [{qkvz.shape[0]}, {2 * num_v_heads}] on {qkvz.device}, got"
+            f" {list(gates.shape)} {gates.dtype} on {gates.device}"
+        )
     if form not in FORMS:
         raise KernelError(f"delta_decode returns y in a form of {', '.join(FORMS)}, got {form!r}")
     if form == "rounded" and state.shape[3] % 32:
@@ -77,7 +90,7 @@ def delta_decode(
         raise KernelError(f"delta_decode rounds whole value heads of {SPAN} by eight rows, got {state.shape[3]}")
     values = (
         qkvz, h, norm, norm_eps, beta_alpha, conv_weight, a_log, dt_bias, gate_norm, eps, conv_state, state,
-        pending, slots, positions, active, num_k_heads, num_v_heads, tiled, form,
+        pending, slots, positions, active, num_k_heads, num_v_heads, tiled, form, gates,
     )  # fmt: skip
     if qkvz.device.type == "cpu":
         return delta_decode_ref(*values)
@@ -222,7 +235,7 @@ _ARGUMENTS = (
 )
 _delta_decode = register(
     f"delta_decode({_ARGUMENTS}, Tensor? active, int num_k_heads, int num_v_heads, bool tiled, str form,"
-    " bool prefetch) -> (Tensor, Tensor, Tensor)",
+    " Tensor? gates, bool prefetch) -> (Tensor, Tensor, Tensor)",
     reference=_decode_cpu,
     kernel="ostinato.kernels.delta.decode.triton:delta_decode",
     fake=_decode_fake,

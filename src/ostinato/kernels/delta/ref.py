@@ -41,9 +41,10 @@ def delta_decode_ref(
     num_v_heads: int,
     tiled: bool,
     form: str = "plain",
+    gates: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What ``delta_decode`` means: each row is the next token of its own slot."""
-    beta, decay = gates_ref(h, norm, norm_eps, beta_alpha, a_log, dt_bias)
+    beta, decay = gates_ref(h, norm, norm_eps, beta_alpha, a_log, dt_bias, gates)
     rows = []
     for m, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         runs = active is None or bool(active[m])
@@ -52,8 +53,7 @@ def delta_decode_ref(
             conv, matrix, changes = conv.clone(), matrix.clone(), changes.clone()
         x = convolve_ref(qkvz[m : m + 1], conv_weight, conv, position)
         before = settled_ref(matrix, changes, position)
-        gates = (beta[m : m + 1], decay[m : m + 1])
-        o, _, last = recurrence_ref(x, *gates, before, num_k_heads, num_v_heads, tiled)
+        o, _, last = recurrence_ref(x, beta[m : m + 1], decay[m : m + 1], before, num_k_heads, num_v_heads, tiled)
         matrix.copy_(before)
         changes[position % 2] = last
         rows.append(o)
@@ -112,9 +112,15 @@ def gates_ref(
     beta_alpha: torch.Tensor,
     a_log: torch.Tensor,
     dt_bias: torch.Tensor,
+    logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(beta, g), each [M, Hv]: how much of a value is written, and the logarithm of what remains of the state."""
-    b, a = (rms_norm_ref(h, norm, norm_eps, torch.float32) @ beta_alpha.float().T).chunk(2, dim=1)
+    """(beta, g), each [M, Hv]: how much of a value is written, and the logarithm of what remains of the state.
+
+    logits: [M, 2 Hv] if they are known already.
+    """
+    if logits is None:
+        logits = rms_norm_ref(h, norm, norm_eps, torch.float32) @ beta_alpha.float().T
+    b, a = logits.chunk(2, dim=1)
     return torch.sigmoid(b), -torch.exp(a_log) * F.softplus(a + dt_bias)
 
 

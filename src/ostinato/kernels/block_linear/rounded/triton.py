@@ -138,16 +138,50 @@ def row_products(tile, x, SHARE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.con
 
 
 @triton.jit
+def _store_beside(
+    first, h, norm, beside, logits, squares, eps, COUNT, K: tl.constexpr, TOGETHER: tl.constexpr, NG: tl.constexpr,
+    PARTS: tl.constexpr, PARTS_UP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Products first … first + TOGETHER - 1 of rms_norm(h, norm, eps) and rows of ``beside``, of floats.
+
+    Tensors are [TOGETHER, NG, 4]: a thread has quads of columns of each row.
+    """
+    j = tl.arange(0, 4)[None, None, :]
+    g = tl.arange(0, NG)[None, :, None] + j * 0
+    j = j + g * 0
+    n = tl.minimum(first + tl.arange(0, TOGETHER), COUNT - 1)[:, None, None]
+    weights = nothing()
+    for i in tl.static_range(2):
+        at = g * 32 + i * 16 + j * 4
+        p0, p1, p2, p3 = load_floats(norm + at, at < K)
+        r0, r1, r2, r3 = load_floats(beside + n * K + at, (n >= 0) & (at < K))
+        weights += (r0 * p0, r1 * p1, r2 * p2, r3 * p3)
+    wait(PDL)
+    part = tl.arange(0, PARTS_UP)
+    square = tl.load(squares + part, mask=part < PARTS, other=0.0)
+    total = tl.zeros((TOGETHER, NG, 4), tl.float32)
+    for i in tl.static_range(2):
+        at = g * 32 + i * 16 + j * 4
+        h0, h1, h2, h3 = load_floats(h + at, at < K)
+        total += (h0 * weights[4 * i] + h1 * weights[4 * i + 1]) + (h2 * weights[4 * i + 2] + h3 * weights[4 * i + 3])
+    which = first + tl.arange(0, TOGETHER)
+    y = tl.sum(tl.sum(total, 2), 1) * tl.rsqrt(tl.sum(square, 0) / K + eps)
+    tl.store(logits + which, y, mask=which < COUNT)
+
+
+@triton.jit
 def _rounded_kernel(
-    x_words, x_scales, squares, eps, words, high, d, m, sub_d, sub_m, residual, out, N, K: tl.constexpr,
+    x_words, x_scales, squares, eps, words, high, d, m, sub_d, sub_m, residual, out, h, norm, beside, logits, COUNT, N,
+    K: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, NG: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr,
-    RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    RESIDUAL: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row of x with a scale for 16 columns by R * W rows of a weight.
 
     PARTS: the sum of that many ``squares`` of a row is of all K columns, and the root mean square divides the products
-    (it only scales a row); 0 for none. PARTS_UP: the power of two from there.
+    (it only scales a row); 0 for none. PARTS_UP: the power of two from there. TOGETHER: programs behind those of the
+    weight have so many rows of ``beside`` each, if there are any; 0 where there never are.
     """
     trigger(PDL)
     KG: tl.constexpr = K // 32
@@ -155,6 +189,14 @@ def _rounded_kernel(
     SUB: tl.constexpr = GROUP != SUPER
     MIN: tl.constexpr = MIN_SIGN != 0
     start = tl.program_id(0) * (R * W)
+    if TOGETHER > 0:  # noqa: SIM102  # known to the compiler, unlike what follows
+        if start >= N:
+            first = (tl.program_id(0) - (N + R * W - 1) // (R * W)) * TOGETHER
+            _store_beside(
+                first, h, norm, beside, logits, squares, eps, COUNT, K, TOGETHER, triton.next_power_of_2(KG), PARTS,
+                PARTS_UP, PDL,
+            )  # fmt: skip
+            return
     token = tl.program_id(1)
     rows = tl.minimum(start + tl.arange(0, R)[None, :, None, None] * W + tl.arange(0, W)[None, None, :, None], N - 1)
     n = start + tl.arange(0, R)[None, :, None] * W + tl.arange(0, W)[None, None, :]

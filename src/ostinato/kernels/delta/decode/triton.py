@@ -143,6 +143,7 @@ def _delta_decode_kernel(
     slots,
     positions,
     active,
+    gates,
     y,
     squares,
     scale_of_y,
@@ -165,6 +166,7 @@ def _delta_decode_kernel(
     EIGHTS: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     PREFETCH: tl.constexpr,
+    GIVEN: tl.constexpr,
     L2_EPS: tl.constexpr,
     SLOTS_OF_SQUARES: tl.constexpr,
     PDL: tl.constexpr,
@@ -193,11 +195,12 @@ def _delta_decode_kernel(
     tile_at = state + (slot * HV + head) * (DK * DV) + i[:, None] * DV + v_column[None, :]
     in_tile = in_k[:, None] & in_v[None, :]
     # All loads before anything that needs one: each would wait for the memory of the last.
-    quad = 4 * (tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :])
-    in_h = quad < H
-    n0, n1, n2, n3 = load_floats(norm + quad, in_h)
-    b0, b1, b2, b3 = load_floats(beta_alpha + head * H + quad, in_h)
-    a0, a1, a2, a3 = load_floats(beta_alpha + (HV + head) * H + quad, in_h)
+    if not GIVEN:
+        quad = 4 * (tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :])
+        in_h = quad < H
+        n0, n1, n2, n3 = load_floats(norm + quad, in_h)
+        b0, b1, b2, b3 = load_floats(beta_alpha + head * H + quad, in_h)
+        a0, a1, a2, a3 = load_floats(beta_alpha + (HV + head) * H + quad, in_h)
     parts = load_parts(tile_at, pending, slot, head, position, i, v_column, in_k, in_v, HV, DK, DV)
     ring = conv_state + slot * (W * C)
     old = nothing()
@@ -217,14 +220,15 @@ def _delta_decode_kernel(
     rate = tl.exp(tl.load(a_log + head))
     bias = tl.load(dt_bias + head)
     gain = tl.load(gate_norm + v_column, mask=in_v, other=0.0)
-    b0 *= n0
-    b1 *= n1
-    b2 *= n2
-    b3 *= n3
-    a0 *= n0
-    a1 *= n1
-    a2 *= n2
-    a3 *= n3
+    if not GIVEN:
+        b0 *= n0
+        b1 *= n1
+        b2 *= n2
+        b3 *= n3
+        a0 *= n0
+        a1 *= n1
+        a2 *= n2
+        a3 *= n3
     q = tl.zeros((DKP,), tl.float32)
     k = tl.zeros((DKP,), tl.float32)
     v = tl.zeros((BV,), tl.float32)
@@ -243,7 +247,11 @@ def _delta_decode_kernel(
     k_new = tl.load(x + k_at, mask=in_k, other=0.0).to(tl.float32)
     v_new = tl.load(x + v_at, mask=in_v, other=0.0).to(tl.float32)
     z = tl.load(x + C + head * DV + v_column, mask=in_v, other=0.0).to(tl.float32)
-    h0, h1, h2, h3 = load_floats(h + row.to(tl.int64) * H + quad, in_h)
+    if GIVEN:
+        of_beta = tl.load(gates + row * (2 * HV) + head)
+        of_alpha = tl.load(gates + row * (2 * HV) + HV + head)
+    else:
+        h0, h1, h2, h3 = load_floats(h + row.to(tl.int64) * H + quad, in_h)
     # Entry position % W is read by nobody now: the programs that share a key head do not disturb each other.
     now = ring + position % W * C
     tl.store(now + v_at, v_new, mask=in_v & runs)
@@ -255,14 +263,19 @@ def _delta_decode_kernel(
     k = silu(k + k_new * k_tap)
     v = silu(v + v_new * v_tap)
     s_k, s_q = sum_pair(tile * k[:, None], tile * q[:, None])
-    # Axis 0 lies within a thread; what is left has the layout of q and k where LANES is DKP.
-    hh = tl.sum((h0 * h0 + h1 * h1) + (h2 * h2 + h3 * h3), 0)
-    hb = tl.sum((h0 * b0 + h1 * b1) + (h2 * b2 + h3 * b3), 0)
-    ha = tl.sum((h0 * a0 + h1 * a1) + (h2 * a2 + h3 * a3), 0)
-    qq, kk, kq, hh, hb, ha = _sum_six(q * q, k * k, k * q, hh, hb, ha)
-    scale = tl.rsqrt(hh / H + norm_eps)
-    beta = sigmoid(hb * scale)
-    decay = tl.exp(-rate * softplus(ha * scale + bias))
+    if GIVEN:
+        qq, kk, kq = _sum_triple(q * q, k * k, k * q)
+    else:
+        # Axis 0 lies within a thread; what is left has the layout of q and k where LANES is DKP.
+        hh = tl.sum((h0 * h0 + h1 * h1) + (h2 * h2 + h3 * h3), 0)
+        hb = tl.sum((h0 * b0 + h1 * b1) + (h2 * b2 + h3 * b3), 0)
+        ha = tl.sum((h0 * a0 + h1 * a1) + (h2 * a2 + h3 * a3), 0)
+        qq, kk, kq, hh, hb, ha = _sum_six(q * q, k * k, k * q, hh, hb, ha)
+        scale = tl.rsqrt(hh / H + norm_eps)
+        of_beta = hb * scale
+        of_alpha = ha * scale
+    beta = sigmoid(of_beta)
+    decay = tl.exp(-rate * softplus(of_alpha + bias))
     k_scale = tl.rsqrt(kk + L2_EPS)
     q_scale *= tl.rsqrt(qq + L2_EPS)
     change = (v - s_k * (k_scale * decay)) * beta
@@ -345,6 +358,7 @@ def delta_decode(
     num_v_heads: int,
     tiled: bool,
     form: str,
+    gates: torch.Tensor | None,
     prefetch: bool,
     tiling: Tiling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -382,6 +396,7 @@ def delta_decode(
         slots,
         positions,
         positions if active is None else active,
+        h if gates is None else gates,
         y,
         squares,
         scale,
@@ -404,6 +419,7 @@ def delta_decode(
         EIGHTS=eights,
         HAS_ACTIVE=active is not None,
         PREFETCH=prefetch,
+        GIVEN=gates is not None,
         L2_EPS=L2_EPS,
         SLOTS_OF_SQUARES=PARTS,
         num_warps=chosen.warps,
