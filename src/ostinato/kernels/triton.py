@@ -166,13 +166,79 @@ def load_word(pointer, inside):
 
 @triton.jit
 def load_float(pointer, inside):
-    """One float32 each, zeros outside, in the layout of the pointers."""
+    """One float32, float16 or bfloat16 each as float32, zeros outside, in the layout of the pointers."""
+    kind: tl.constexpr = pointer.dtype.element_ty
     if INTERPRETED:
-        return tl.load(pointer, mask=inside, other=0.0)
-    else:
+        return tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+    elif kind == tl.float32:
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
             "=&f,l,r", [pointer, inside.to(tl.int32)], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b16 $0, 0; @p ld.global.b16 $0, [$1]; }",
+            "=&h,l,r", [pointer, inside.to(tl.int32)], dtype=tl.int16, is_pure=False, pack=1,
+        )  # fmt: skip
+        return bits.to(kind, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def store_own(pointer, value, inside):
+    """One int8, float32, float16 or bfloat16 each, by the thread that has it.
+
+    Like load_word: Triton would move values between threads to store neighbours at once.
+    """
+    kind: tl.constexpr = pointer.dtype.element_ty
+    if INTERPRETED:
+        tl.store(pointer, value.to(kind), mask=inside)
+    elif kind == tl.int8:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b8 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r", [pointer, value.to(tl.int32), inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    elif kind == tl.float32:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }", "=r,l,r,r",
+            [pointer, value.to(tl.float32).to(tl.int32, bitcast=True), inside.to(tl.int32)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        bits = value.to(kind).to(tl.int16, bitcast=True)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b16 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,h,r", [pointer, bits, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_quad(pointer, a, b, c, d, inside):
+    """Four adjacent values, float32 or bfloat16 in memory, by the thread that has them; aligned to all four."""
+    kind: tl.constexpr = pointer.dtype.element_ty
+    if INTERPRETED:
+        tl.store(pointer, a.to(kind), mask=inside)
+        tl.store(pointer + 1, b.to(kind), mask=inside)
+        tl.store(pointer + 2, c.to(kind), mask=inside)
+        tl.store(pointer + 3, d.to(kind), mask=inside)
+    elif kind == tl.float32:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }",
+            "=r,l,r,r,r,r,r",
+            [
+                pointer, a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True), c.to(tl.int32, bitcast=True),
+                d.to(tl.int32, bitcast=True), inside.to(tl.int32),
+            ],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.b16 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }",
+            "=r,l,h,h,h,h,r",
+            [
+                pointer, a.to(kind).to(tl.int16, bitcast=True), b.to(kind).to(tl.int16, bitcast=True),
+                c.to(kind).to(tl.int16, bitcast=True), d.to(kind).to(tl.int16, bitcast=True), inside.to(tl.int32),
+            ],
+            dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from ostinato.kernels.tuning import Tiles, linear_key, table
 from ostinato.quant.blocks import KINDS, BlockKind
 
 SMALL = 2**21  # elements of a weight whose products are bound by their start and not by memory
-BESIDE = 4  # rows of floats a program, beside a product of a rounded row
 DENSE_BYTES = 256 << 20  # the most that a product of many rows dequantizes at a time
 
 
@@ -188,15 +187,20 @@ def _rounded(
     beside: tuple[torch.Tensor, ...] | None,
 ) -> None:
     """Launch ``_rounded_kernel`` for x of int8 words. beside: what stands from h to logits in its arguments."""
-    (tokens, n), parts, width = out.shape, squares.shape[2] if squares is not None else 0, rows_side_by_side(tiles)
-    count = 0 if beside is None else beside[2].shape[0]
+    (tokens, n), parts = out.shape, squares.shape[2] if squares is not None else 0
+    lanes = min(32, tiles.groups)
+    width = tiles.warps * 32 // lanes
+    assert tiles.rows % width == 0, f"{tiles} leaves threads without a row"
+    assert tiles.rows // width <= lanes, f"{tiles} has more rows than lanes for their sums"
+    programs = triton.cdiv(n, tiles.rows)
     # One kernel for products with and without rows beside them: two would not stay in the instruction cache.
-    together = BESIDE if tokens == 1 and squares is not None and residual is None else 0
-    _rounded_kernel[(triton.cdiv(n, tiles.rows) + triton.cdiv(count, BESIDE), tokens)](
+    may_have = tokens == 1 and squares is not None and residual is None
+    _rounded_kernel[(programs + (triton.cdiv(beside[2].shape[0], tiles.warps) if beside is not None else 0), tokens)](
         x, scale, squares if squares is not None else scale, eps, *planes,
-        residual if residual is not None else out, out, *(beside or (scale, scale, out, scale)), count, n, k,
-        *constants, tiles.rows // width, width, tiles.groups, parts, triton.next_power_of_2(max(1, parts)),
-        residual is not None, together, num_warps=tiles.warps, **launch_options(out.device),
+        residual if residual is not None else out, out, *(beside or (scale, scale, out, scale)),
+        beside[2].shape[0] if beside is not None else 0, n, k,
+        *constants, tiles.rows // width, width, lanes, parts, residual is not None, may_have,
+        num_warps=tiles.warps, **launch_options(out.device),
     )  # fmt: skip
 
 

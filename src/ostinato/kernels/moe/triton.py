@@ -98,8 +98,8 @@ def default_tiles(m: int, hidden: int, width: int, kinds: tuple[str, str], hands
     """
     wide = max(1, min(4, hidden // 512))
     if m == 1:
-        together = 2 if width <= 2048 else 1
-        warps = 8 if hands_down and width > 512 else 4  # 16 rows a program, four a thread
+        together = 2 if width <= 512 else 1  # 32 lanes have a row
+        warps = 8 if hands_down and width > 512 else 4  # 16 rows a program
         gate, registers = (4, max(1, min(4, hidden // 1024))), 0
         if kinds[0] in COARSE:  # few scales leave a thread room for more rows of gate and of up
             gate = 16, 1 << max(0, min(3, (hidden // 256).bit_length() - 1))
@@ -196,29 +196,30 @@ def moe_block(
     gate_constants = kind_constants(KINDS[gate_up_kind])
     down_constants = kind_constants(KINDS[down_kind])
     gate_groups = triton.next_power_of_2(hidden // 32)
-    down_groups = triton.next_power_of_2(width // 32)
-    side = max(1, t.down_warps * 32 // down_groups)  # rows side by side over the threads
     out = torch.empty_like(h)
-    down_grid = triton.cdiv(hidden, t.down_rows * side)
     if tokens == 1:
         cut = one_token(t, hidden, width, top_k, has_shared)
         registers = t.gate_registers
         if cut.programs > num_multiprocessors(device):
             registers = min(registers, 128)  # two of eight warps fit a multiprocessor
         _gate_up_kernel[(cut.programs,)](
-            *x, eps, logits, *gate_planes, *act, num_experts, hidden, width, *gate_constants,
+            *x, eps, logits, *gate_planes, act[0].view(torch.int8), act[1], num_experts, hidden, width, *gate_constants,
             padded, top_k, t.gate_rows // cut.side, cut.side, cut.together, cut.groups, cut.shared, parts_of_squares,
             num_warps=t.gate_warps, **options, **_limit(registers),
         )  # fmt: skip
-        side = side // t.together
-        if next_norm is not None and t.down_rows * side % HANDED:
-            raise KernelError(f"moe_block: {t.down_rows * side} rows a program of down are no multiple of {HANDED}")
+        down_groups = min(32, triton.next_power_of_2(width // 32))
+        together = min(t.together, 32 // down_groups)  # a row's sum over picks stays in one warp
+        side = max(1, t.down_warps * 32 // down_groups // together)
+        rows = min(t.down_rows, down_groups * together)  # a lane ends with one row's sum
+        if next_norm is not None and rows * side % HANDED:
+            raise KernelError(f"moe_block: {rows * side} rows a program of down are no multiple of {HANDED}")
+        assert rows % together == 0, f"{t} leaves picks side by side without rows of the shared expert"
         after = (next_norm, *handed) if next_norm is not None else (h, out, out, out)
-        _down_kernel[(triton.cdiv(hidden, t.down_rows * side),)](
+        _down_kernel[(triton.cdiv(hidden, rows * side),)](
             *act, logits, *down_planes, h, out, *after, x[2], eps, num_experts, hidden, hidden, width,
             *down_constants,
             padded, top_k, normalize, has_shared, shared_gate is not None,
-            share, max(cut.shared // 4, 1), t.down_rows, side, t.together, down_groups, t.early,
+            share, max(cut.shared // 4, 1), rows, side, together, down_groups, t.early,
             HANDED if next_norm is not None else 0, parts_of_squares, num_warps=t.down_warps, **options,
         )  # fmt: skip
         return out, *handed
@@ -257,11 +258,13 @@ def moe_block(
             **_limit(t.down_registers),
         )  # fmt: skip
     else:
+        down_groups = triton.next_power_of_2(width // 32)
+        side = max(1, t.down_warps * 32 // down_groups)  # rows side by side over the threads
         _gate_up_list_kernel[(width // t.gate_rows, num_shared + num_blocks)](
             *x, *lists, *gate_planes, *act, *counts, hidden, width, *gate_constants,
             picks, t.tokens, t.gate_rows, gate_groups, num_warps=t.gate_warps, **options, **limit,
         )  # fmt: skip
-        _down_list_kernel[(down_grid, num_shared + num_blocks)](
+        _down_list_kernel[(triton.cdiv(hidden, t.down_rows * side), num_shared + num_blocks)](
             *act, *lists, weights, *down_planes, parts, *counts, hidden, width,
             *down_constants, picks, t.tokens, share, t.down_rows, side, down_groups,
             num_warps=t.down_warps, **options, **limit,

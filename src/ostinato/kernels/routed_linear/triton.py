@@ -14,10 +14,11 @@ import triton.language as tl
 
 from ostinato.kernels.block_linear.matvec.triton import head_norm, load_tile, products, with_sums
 from ostinato.kernels.block_linear.planes import kind_constants, pairs
-from ostinato.kernels.block_linear.rounded.triton import store_handed
+from ostinato.kernels.block_linear.rounded.triton import hand_on
+from ostinato.kernels.lanes import share, sum_rows
 from ostinato.kernels.launch import launch_options
 from ostinato.kernels.moe.ref import HANDED
-from ostinato.kernels.triton import load_floats, load_word, load_words, nothing, trigger, wait
+from ostinato.kernels.triton import load_float, load_floats, load_word, load_words, nothing, store_own, trigger, wait
 from ostinato.quant.blocks import KINDS
 
 
@@ -46,44 +47,65 @@ def _signed(word, AT: tl.constexpr):
 @triton.jit
 def _store_logits(
     first, x_words, x_scales, squares, eps, residual, norm, router, folded, logits, ROUTES, N: tl.constexpr,
-    K: tl.constexpr, TOGETHER: tl.constexpr, HEADS: tl.constexpr, NG: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, TOGETHER: tl.constexpr, HEADS: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Logits first … first + TOGETHER - 1. Tensors are [TOGETHER, NG, 4]: a thread has quads of columns of each row."""
+    """Logits first … first + TOGETHER - 1, of which every thread adds some quads of columns."""
     KG: tl.constexpr = K // 32
-    SHARE: tl.constexpr = 16  # columns of the residual that go with a group
-    STEPS: tl.constexpr = (N + NG * SHARE - 1) // (NG * SHARE)
-    j = tl.arange(0, 4)[None, None, :]
-    g = tl.arange(0, NG)[None, :, None] + j * 0
-    j = j + g * 0
-    n = tl.minimum(first + tl.arange(0, TOGETHER), ROUTES - 1)[:, None, None]
-    inside = g < KG
-    both = (n >= 0) & inside
-    column = g * 32 + j * 4
-    a0, a1, a2, a3 = load_floats(folded + n * K + column, both)
-    a4, a5, a6, a7 = load_floats(folded + n * K + column + 16, both)
+    OF_X: tl.constexpr = (K + 4 * THREADS - 1) // (4 * THREADS)
+    OF_H: tl.constexpr = (N + 4 * THREADS - 1) // (4 * THREADS)
+    WARPS: tl.constexpr = THREADS // 32
+    thread = tl.arange(0, WARPS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    gains = nothing()
+    for i in tl.static_range(OF_H):
+        at = (i * THREADS + thread) * 4
+        gains += load_floats(norm + at, at < N)
     weights = nothing()
-    for step in tl.static_range(STEPS):
-        at = (step * NG + g) * SHARE + j * 4
-        p0, p1, p2, p3 = load_floats(norm + at, at < N)
-        r0, r1, r2, r3 = load_floats(router + n * N + at, (n >= 0) & (at < N))
-        weights += (r0 * p0, r1 * p1, r2 * p2, r3 * p3)
+    for t in tl.static_range(TOGETHER):
+        row = tl.minimum(first + t, ROUTES - 1)
+        for i in tl.static_range(OF_X):
+            at = (i * THREADS + thread) * 4
+            weights += load_floats(folded + row * K + at, at < K)
+        for i in tl.static_range(OF_H):
+            at = (i * THREADS + thread) * 4
+            r0, r1, r2, r3 = load_floats(router + row * N + at, at < N)
+            weights += (
+                r0 * gains[4 * i], r1 * gains[4 * i + 1], r2 * gains[4 * i + 2], r3 * gains[4 * i + 3],
+            )  # fmt: skip
     wait(PDL)
-    low = load_word(x_words + g * 8 + j, inside)
-    upp = load_word(x_words + g * 8 + j + 4, inside)
-    scale = load_word(x_scales + g, inside).to(tl.float32, bitcast=True)
-    if HEADS > 0:
-        scale *= head_norm(squares, 0, g, inside, K, HEADS, eps)
-    total = (_signed(low, 0) * a0 + _signed(low, 1) * a1) + (_signed(low, 2) * a2 + _signed(low, 3) * a3)
-    total += (_signed(upp, 0) * a4 + _signed(upp, 1) * a5) + (_signed(upp, 2) * a6 + _signed(upp, 3) * a7)
-    total *= scale
-    for step in tl.static_range(STEPS):
-        at = (step * NG + g) * SHARE + j * 4
-        h0, h1, h2, h3 = load_floats(residual + at, at < N)
-        total += (h0 * weights[4 * step] + h1 * weights[4 * step + 1]) + (
-            h2 * weights[4 * step + 2] + h3 * weights[4 * step + 3]
-        )
-    which = first + tl.arange(0, TOGETHER)
-    tl.store(logits + which, tl.sum(tl.sum(total, 2), 1), mask=which < ROUTES)
+    values = nothing()
+    for i in tl.static_range(OF_X):
+        at = i * THREADS + thread
+        word = load_word(x_words + at, at < K // 4)
+        scale = load_float(x_scales + at // 8, at < K // 4)
+        if HEADS > 0:
+            scale *= head_norm(squares, 0, at // 8, at < K // 4, K, HEADS, eps)
+        values += (
+            _signed(word, 0) * scale, _signed(word, 1) * scale, _signed(word, 2) * scale, _signed(word, 3) * scale,
+        )  # fmt: skip
+    for i in tl.static_range(OF_H):
+        at = (i * THREADS + thread) * 4
+        values += load_floats(residual + at, at < N)
+    COUNT: tl.constexpr = 4 * (OF_X + OF_H)
+    sums = nothing()
+    for t in tl.static_range(TOGETHER):
+        total = values[0] * weights[t * COUNT]
+        for i in tl.static_range(1, COUNT):
+            total += values[i] * weights[t * COUNT + i]
+        sums += (total,)
+    total = sum_rows(sums, TOGETHER, 1, 32, 1)[0]
+    lane = thread % 32
+    LANES: tl.constexpr = 32 // TOGETHER
+    of = lane // LANES
+    if WARPS > 1:
+        places = nothing()
+        for i in tl.static_range(WARPS):
+            places += (of * WARPS + i,)
+        place = of * WARPS + thread // 32
+        found = share((total, place, lane % LANES == 0), places, 1, WARPS, TOGETHER * WARPS)
+        total = found[0]
+        for i in tl.static_range(1, WARPS):
+            total += found[i]
+    store_own(logits + first + of, total, (thread < 32) & (lane % LANES == 0) & (first + of < ROUTES))
 
 
 @triton.jit
@@ -93,38 +115,42 @@ def _store_rows(
     OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr, R: tl.constexpr, W: tl.constexpr, NG: tl.constexpr,
     HEADS: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows start … start + R * W - 1 of the weight, as in ``_streamed_kernel``, and the row for the experts."""
+    """Rows start … start + R * W - 1 of the weight, each in NG lanes of a warp, and the row for the experts."""
     KG: tl.constexpr = K // 32
     STEPS: tl.constexpr = (KG + NG - 1) // NG
     SUB: tl.constexpr = GROUP != SUPER
     MIN: tl.constexpr = MIN_SIGN != 0
-    rows = tl.minimum(start + tl.arange(0, R)[None, :, None, None] * W + tl.arange(0, W)[None, None, :, None], N - 1)
-    n = start + tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
-    group = start // SHARE + tl.arange(0, R * W // SHARE)
-    column = group[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
-    g = tl.arange(0, NG)[None, None, None, :]
-    lane = tl.arange(0, W)[None, None, :, None] * 0 + g
+    LANES: tl.constexpr = NG // R  # that have the same row, once the lanes have added what they have
+    w = tl.arange(0, W)[None, None, :, None]
+    g = tl.arange(0, NG)[None, None, None, :] + w * 0
+    thread = w * NG + g
     tiles = nothing()  # all of them: one loaded a step ahead would come from memory after the wait
     for step in tl.static_range(STEPS):
-        tiles += (load_tile(words, high, d, m, sub_d, sub_m, rows, step * NG + g, KG, BITS, SUPER, MIN, SUB),)
-    gain = tl.load(norm + column, mask=column < N, other=0.0)
+        for r in tl.static_range(R):
+            row = tl.minimum(start + w * R + r, N - 1)
+            tiles += (load_tile(words, high, d, m, sub_d, sub_m, row, step * NG + g, KG, BITS, SUPER, MIN, SUB),)
+    n = start + thread // LANES
+    gain = load_float(norm + n, n < N)
     wait(PDL)
-    added = tl.load(residual + n, mask=n < N, other=0.0)
-    acc = tl.zeros((1, R, W, NG), tl.float32)
+    added = load_float(residual + n, n < N)
+    sums = nothing()
     for step in tl.static_range(STEPS):
-        at = step * NG + lane
+        at = step * NG + g
         inside = at < KG
         w0, w1, w2, w3 = load_words(x_words + at * 8, inside)
         w4, w5, w6, w7 = load_words(x_words + at * 8 + 4, inside)
-        scale = load_word(x_scales + at, inside).to(tl.float32, bitcast=True)
+        scale = load_float(x_scales + at, inside)
         if HEADS > 0:
             scale *= head_norm(squares, 0, at, inside, K, HEADS, eps)
         quantized = with_sums(w0, w1, w2, w3, w4, w5, w6, w7, scale, GROUP, MIN or OFFSET != 0)
-        acc += products(tiles[step], quantized, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
-    total = tl.reshape(tl.sum(acc, 3), (R, W)) + added
-    tl.store(out + n, total, mask=n < N)
-    shared = tl.reshape(total, (R * W // SHARE, SHARE))
-    store_handed(shared, gain, group, next_x, next_scale, next_squares, N)
+        more = nothing()
+        for r in tl.static_range(R):
+            y = products(tiles[step * R + r], quantized, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
+            more += (y if step == 0 else sums[r] + y,)
+        sums = more
+    total = sum_rows(sums, R, 1, NG, 1)[0] + added
+    store_own(out + n, total, (thread % LANES == 0) & (n < N))
+    hand_on(total, gain, start, thread, LANES, SHARE, W * NG, next_x, next_scale, next_squares, N)
 
 
 @triton.jit
@@ -133,7 +159,7 @@ def _routed_kernel(
     next_scale, next_squares, logits, ROUTES, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr, R: tl.constexpr,
     W: tl.constexpr, NG: tl.constexpr, HEADS: tl.constexpr, SHARE: tl.constexpr, TOGETHER: tl.constexpr,
-    KG_UP: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     trigger(PDL)
     program = tl.program_id(0)
@@ -145,7 +171,7 @@ def _routed_kernel(
     else:
         _store_logits(
             (program - (N + R * W - 1) // (R * W)) * TOGETHER, x_words, x_scales, squares, eps, residual, norm, router,
-            folded, logits, ROUTES, N, K, TOGETHER, HEADS, KG_UP, PDL,
+            folded, logits, ROUTES, N, K, TOGETHER, HEADS, W * NG, PDL,
         )  # fmt: skip
 
 
@@ -170,19 +196,22 @@ def routed_linear(
     """Launch the kernel; arguments and results as the op's, and ``tiles`` in place of the rule's."""
     n, k, routes, device = words.shape[0], x.shape[1], router.shape[0], x.device
     t = default_tiles(k) if tiles is None else tiles
-    width = max(1, t.warps * 32 // t.groups)
+    lanes = min(32, t.groups)
+    width = t.warps * 32 // lanes
     assert t.rows % HANDED == 0, "a program rounds whole groups of columns"
     assert t.rows % width == 0, "no thread without a row"
+    assert t.rows // width <= lanes, "no lane with sums of two rows"
+    assert t.routes <= 32, "no lane with two logits"
     out = torch.empty((1, n), dtype=torch.float32, device=device)
     next_x = torch.empty((1, n), dtype=torch.int8, device=device)
     next_scale = torch.empty((1, n // HANDED), dtype=torch.float32, device=device)
     next_squares = torch.empty((1, 1, n // HANDED), dtype=torch.float32, device=device)
     logits = torch.empty((1, routes), dtype=torch.float32, device=device)
     _routed_kernel[(triton.cdiv(n, t.rows) + triton.cdiv(routes, t.routes),)](
-        x.view(torch.int32), scale.view(torch.int32), squares if squares is not None else scale, eps,
+        x.view(torch.int32), scale, squares if squares is not None else scale, eps,
         *pairs(words, d, high, m, sub_d, sub_m, KINDS[kind]), residual, norm, router, folded,
         out, next_x, next_scale, next_squares, logits, routes, n, k, *kind_constants(KINDS[kind]),
-        t.rows // width, width, t.groups, squares.shape[1] if squares is not None else 0, HANDED, t.routes,
-        triton.next_power_of_2(k // 32), num_warps=t.warps, **launch_options(device),
+        t.rows // width, width, lanes, squares.shape[1] if squares is not None else 0, HANDED, t.routes,
+        num_warps=t.warps, **launch_options(device),
     )  # fmt: skip
     return out, next_x, next_scale, next_squares, logits

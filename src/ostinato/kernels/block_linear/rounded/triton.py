@@ -1,7 +1,8 @@
 """Products with rows that are int8 already, a few columns to a scale: dp4a, exact integer sums within a scale.
 
 Tensors are [1, R, W, NG], as in ``_streamed_kernel``: a thread holds whole groups of 32 columns, 16 bytes of a weight
-a load. ``load_row`` and ``row_products`` take a scale for 4, 8 or 16 columns; the experts' kernels use all three.
+a load. ``load_row`` and ``row_products`` take a scale for 4, 8 or 16 columns; the experts' kernels use all three. For
+one token they are R tensors [1, 1, W, NG], one element a thread, whose sums ``kernels.lanes`` makes without a barrier.
 """
 
 from __future__ import annotations
@@ -10,7 +11,18 @@ import triton
 import triton.language as tl
 
 from ostinato.kernels.block_linear.matvec.triton import half, load_tile, quad
-from ostinato.kernels.triton import INTERPRETED, dp4a, load_float, load_floats, load_words, nothing, trigger, wait
+from ostinato.kernels.lanes import max_lanes, share, sum_lanes, sum_rows
+from ostinato.kernels.triton import (
+    INTERPRETED,
+    dp4a,
+    load_float,
+    load_floats,
+    load_words,
+    nothing,
+    store_own,
+    trigger,
+    wait,
+)
 
 
 @triton.jit
@@ -86,6 +98,64 @@ def store_handed(row, gain, group, x, scale, squares, N):
 
 
 @triton.jit
+def hand_on(
+    total, gain, start, thread, LANES: tl.constexpr, SHARE: tl.constexpr, THREADS: tl.constexpr, x, scale, squares, N
+):
+    """``store_handed`` of a program's values, each in LANES neighbouring lanes: value i is column start + i of N.
+
+    total, gain, thread: a value, its gain and the thread's number in each thread. SHARE: columns of a scale.
+    """
+    SPAN: tl.constexpr = LANES * SHARE
+    WITHIN: tl.constexpr = min(SPAN, 32)
+    normed = total * gain
+    largest = max_lanes(tl.abs(normed), WITHIN, LANES)
+    square = sum_lanes(total * total, WITHIN, LANES)
+    if SPAN > 32:
+        MEET: tl.constexpr = SPAN // 32
+        WARPS: tl.constexpr = THREADS // 32
+        warp = thread // 32
+        first = thread % 32 == 0
+        base = warp // MEET * MEET
+        places = nothing()
+        for i in tl.static_range(MEET):
+            places += (base + i,)
+        for i in tl.static_range(MEET):
+            places += (base + (WARPS + i),)
+        found = share((largest, warp, first, square, warp + WARPS, first), places, 2, 2 * MEET, 2 * WARPS)
+        largest = found[0]
+        square = found[MEET]
+        for i in tl.static_range(1, MEET):
+            largest = tl.maximum(largest, found[i])
+            square += found[MEET + i]
+    # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
+    rounded = (normed * (127.0 / tl.maximum(largest, 1e-30)) + 12582912.0).to(tl.int32, bitcast=True)
+    column = start + thread // LANES
+    group = column // SHARE
+    store_own(x + column, rounded, (thread % LANES == 0) & (column < N))
+    leads = (thread % SPAN == 0) & (column < N)
+    store_own(scale + group, largest * (1.0 / 127.0), leads)
+    store_own(squares + group, square, leads)
+
+
+@triton.jit
+def mean_root(squares, g, eps, K: tl.constexpr, PARTS: tl.constexpr, NG: tl.constexpr):
+    """1 / the root mean square of a row of K, of whose sum of squares there are PARTS parts, in every lane.
+
+    g: the lane's number of NG. Each warp adds all parts itself: that takes no barrier.
+    """
+    total = g * 0.0
+    if PARTS % 4 == 0:
+        for i in tl.static_range((PARTS + 4 * NG - 1) // (4 * NG)):
+            part = (i * NG + g) * 4
+            q0, q1, q2, q3 = load_floats(squares + part, part < PARTS)
+            total += (q0 + q1) + (q2 + q3)
+    else:
+        for i in tl.static_range((PARTS + NG - 1) // NG):
+            total += load_float(squares + i * NG + g, i * NG + g < PARTS)
+    return tl.rsqrt(sum_lanes(total, NG, 1) / K + eps)
+
+
+@triton.jit
 def from_bits(total):
     """An integer sum that was started at 0x4B400000, in float32.
 
@@ -139,49 +209,49 @@ def row_products(tile, x, SHARE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.con
 
 @triton.jit
 def _store_beside(
-    first, h, norm, beside, logits, squares, eps, COUNT, K: tl.constexpr, TOGETHER: tl.constexpr, NG: tl.constexpr,
-    PARTS: tl.constexpr, PARTS_UP: tl.constexpr, PDL: tl.constexpr,
+    first, h, norm, beside, logits, squares, eps, COUNT, K: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Products first … first + TOGETHER - 1 of rms_norm(h, norm, eps) and rows of ``beside``, of floats.
-
-    Tensors are [TOGETHER, NG, 4]: a thread has quads of columns of each row.
-    """
-    j = tl.arange(0, 4)[None, None, :]
-    g = tl.arange(0, NG)[None, :, None] + j * 0
-    j = j + g * 0
-    n = tl.minimum(first + tl.arange(0, TOGETHER), COUNT - 1)[:, None, None]
+    """Products first … first + WARPS - 1 of rms_norm(h, norm, eps) and rows of ``beside``, of floats: one a warp."""
+    STEPS: tl.constexpr = (K + 127) // 128
+    AHEAD: tl.constexpr = min(STEPS, 16)  # what registers hold
+    lane = tl.arange(0, 32)[None, :]
+    which = first + tl.arange(0, WARPS)[:, None]
+    row = tl.minimum(which, COUNT - 1) * K
+    lane += row * 0
     weights = nothing()
-    for i in tl.static_range(2):
-        at = g * 32 + i * 16 + j * 4
+    for i in tl.static_range(AHEAD):
+        at = i * 128 + lane * 4
         p0, p1, p2, p3 = load_floats(norm + at, at < K)
-        r0, r1, r2, r3 = load_floats(beside + n * K + at, (n >= 0) & (at < K))
+        r0, r1, r2, r3 = load_floats(beside + row + at, at < K)
         weights += (r0 * p0, r1 * p1, r2 * p2, r3 * p3)
     wait(PDL)
-    part = tl.arange(0, PARTS_UP)
-    square = tl.load(squares + part, mask=part < PARTS, other=0.0)
-    total = tl.zeros((TOGETHER, NG, 4), tl.float32)
-    for i in tl.static_range(2):
-        at = g * 32 + i * 16 + j * 4
+    root = mean_root(squares, lane, eps, K, PARTS, 32)
+    total = lane * 0.0
+    for i in tl.static_range(STEPS):
+        at = i * 128 + lane * 4
         h0, h1, h2, h3 = load_floats(h + at, at < K)
-        total += (h0 * weights[4 * i] + h1 * weights[4 * i + 1]) + (h2 * weights[4 * i + 2] + h3 * weights[4 * i + 3])
-    which = first + tl.arange(0, TOGETHER)
-    y = tl.sum(tl.sum(total, 2), 1) * tl.rsqrt(tl.sum(square, 0) / K + eps)
-    tl.store(logits + which, y, mask=which < COUNT)
+        if i < AHEAD:
+            w0, w1, w2, w3 = weights[4 * i], weights[4 * i + 1], weights[4 * i + 2], weights[4 * i + 3]
+        else:
+            p0, p1, p2, p3 = load_floats(norm + at, at < K)
+            r0, r1, r2, r3 = load_floats(beside + row + at, at < K)
+            w0, w1, w2, w3 = r0 * p0, r1 * p1, r2 * p2, r3 * p3
+        total += (h0 * w0 + h1 * w1) + (h2 * w2 + h3 * w3)
+    store_own(logits + which + lane * 0, sum_lanes(total, 32, 1) * root, (which < COUNT) & (lane == 0))
 
 
 @triton.jit
 def _rounded_kernel(
     x_words, x_scales, squares, eps, words, high, d, m, sub_d, sub_m, residual, out, h, norm, beside, logits, COUNT, N,
-    K: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, NG: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr,
-    RESIDUAL: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr,
+    MIN_SIGN: tl.constexpr, R: tl.constexpr, W: tl.constexpr, NG: tl.constexpr, PARTS: tl.constexpr,
+    RESIDUAL: tl.constexpr, BESIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row of x with a scale for 16 columns by R * W rows of a weight.
+    """One row of x with a scale for 16 columns by R * W rows of a weight, each in NG lanes.
 
     PARTS: the sum of that many ``squares`` of a row is of all K columns, and the root mean square divides the products
-    (it only scales a row); 0 for none. PARTS_UP: the power of two from there. TOGETHER: programs behind those of the
-    weight have so many rows of ``beside`` each, if there are any; 0 where there never are.
+    (it only scales a row); 0 for none. BESIDE: programs behind those of the weight have rows of ``beside``, if any.
     """
     trigger(PDL)
     KG: tl.constexpr = K // 32
@@ -189,38 +259,41 @@ def _rounded_kernel(
     SUB: tl.constexpr = GROUP != SUPER
     MIN: tl.constexpr = MIN_SIGN != 0
     start = tl.program_id(0) * (R * W)
-    if TOGETHER > 0:  # noqa: SIM102  # known to the compiler, unlike what follows
+    if BESIDE:  # noqa: SIM102  # known to the compiler, unlike what follows
         if start >= N:
-            first = (tl.program_id(0) - (N + R * W - 1) // (R * W)) * TOGETHER
-            _store_beside(
-                first, h, norm, beside, logits, squares, eps, COUNT, K, TOGETHER, triton.next_power_of_2(KG), PARTS,
-                PARTS_UP, PDL,
-            )  # fmt: skip
+            WARPS: tl.constexpr = W * NG // 32
+            first = (tl.program_id(0) - (N + R * W - 1) // (R * W)) * WARPS
+            _store_beside(first, h, norm, beside, logits, squares, eps, COUNT, K, WARPS, PARTS, PDL)
             return
     token = tl.program_id(1)
-    rows = tl.minimum(start + tl.arange(0, R)[None, :, None, None] * W + tl.arange(0, W)[None, None, :, None], N - 1)
-    n = start + tl.arange(0, R)[None, :, None] * W + tl.arange(0, W)[None, None, :]
-    where = token * N + n
-    g = tl.arange(0, NG)[None, None, None, :]
-    lane = tl.arange(0, W)[None, None, :, None] * 0 + g
+    w = tl.arange(0, W)[None, None, :, None]
+    g = tl.arange(0, NG)[None, None, None, :] + w * 0
     x_words += token * (K // 4)
     x_scales += token * (K // 16)
     tiles = nothing()  # all of them: one loaded a step ahead would come from memory after the wait
     for step in tl.static_range(STEPS):
-        tiles += (load_tile(words, high, d, m, sub_d, sub_m, rows, step * NG + g, KG, BITS, SUPER, MIN, SUB),)
+        for r in tl.static_range(R):
+            row = tl.minimum(start + w * R + r, N - 1)
+            tiles += (load_tile(words, high, d, m, sub_d, sub_m, row, step * NG + g, KG, BITS, SUPER, MIN, SUB),)
+    n = start + w * R + g // (NG // R)  # the lane's own, once the lanes have added what they have
+    where = token * N + n
+    mine = (g % (NG // R) == 0) & (n < N)
     wait(PDL)
     if RESIDUAL:
-        added = tl.load(residual + where, mask=n < N, other=0.0)
+        added = tl.load(residual + where, mask=mine, other=0.0)
     if PARTS > 0:
-        part = tl.arange(0, PARTS_UP)
-        square = tl.load(squares + token * PARTS + part, mask=part < PARTS, other=0.0)
-    acc = tl.zeros((1, R, W, NG), tl.float32)
+        root = mean_root(squares + token * PARTS, g, eps, K, PARTS, NG)
+    sums = nothing()
     for step in tl.static_range(STEPS):
-        x = load_row(x_words, x_scales, step * NG + lane, KG, 4, GROUP, MIN or OFFSET != 0)
-        acc += row_products(tiles[step], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
-    y = tl.sum(acc, 3)
+        x = load_row(x_words, x_scales, step * NG + g, KG, 4, GROUP, MIN or OFFSET != 0)
+        more = nothing()
+        for r in tl.static_range(R):
+            of_row = row_products(tiles[step * R + r], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
+            more += (of_row if step == 0 else sums[r] + of_row,)
+        sums = more
+    y = sum_rows(sums, R, 1, NG, 1)[0]
     if PARTS > 0:
-        y *= tl.rsqrt(tl.sum(square, 0) / K + eps)
+        y *= root
     if RESIDUAL:
         y += added
-    tl.store(out + where, y.to(out.dtype.element_ty), mask=n < N)
+    store_own(out + where, y, mine)

@@ -16,41 +16,11 @@ import triton.language as tl
 
 from ostinato.errors import KernelError
 from ostinato.kernels.block_linear.eights import SPAN
+from ostinato.kernels.delta.activations import sigmoid, silu, softplus
 from ostinato.kernels.delta.ref import L2_EPS, PARTS
+from ostinato.kernels.delta.token.triton import delta_token, takes
 from ostinato.kernels.launch import launch_options, num_multiprocessors
 from ostinato.kernels.triton import INTERPRETED, load_floats, nothing, trigger, wait
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)) in four instructions, to about 2^-21; tl.sigmoid takes three times as many."""
-    if INTERPRETED:
-        return tl.sigmoid(tl.maximum(x, -80.0))  # below that exp(-x) overflows
-    else:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .f32 t;
-            mul.ftz.f32 t, $1, 0fBFB8AA3B;
-            ex2.approx.ftz.f32 t, t;
-            add.ftz.f32 t, t, 0f3F800000;
-            rcp.approx.ftz.f32 $0, t;
-            }""",
-            "=r,r",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
-def silu(x):
-    return x * sigmoid(x)
-
-
-@triton.jit
-def softplus(x):
-    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
 
 
 @triton.jit
@@ -365,6 +335,11 @@ def delta_decode(
     """Launch ``_delta_decode_kernel``; arguments and result as for ``ostinato.kernels.delta.delta_decode``."""
     rows, hidden = h.shape
     key_dim, value_dim = state.shape[2:]
+    if gates is not None and tiling is None and takes(key_dim, value_dim, form):
+        return delta_token(
+            qkvz, gates, conv_weight, a_log, dt_bias, gate_norm, conv_state, state, pending, slots, positions, active,
+            num_k_heads, num_v_heads, tiled, prefetch,
+        )  # fmt: skip
     if hidden % 4:
         raise KernelError(f"delta_decode on a GPU takes a hidden size that is a multiple of 4, got {hidden}")
     chosen = tiling or choose(rows, num_v_heads, value_dim, form, num_multiprocessors(qkvz.device))

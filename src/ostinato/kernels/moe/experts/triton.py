@@ -17,15 +17,17 @@ import triton.language as tl
 
 from ostinato.kernels.block_linear.matvec.triton import load_tile
 from ostinato.kernels.block_linear.rounded.triton import (
+    hand_on,
     load_row,
     load_unsummed,
+    mean_root,
     row_products,
-    store_handed,
     with_row_sums,
 )
+from ostinato.kernels.lanes import max_lanes, share, sum_lanes, sum_rows
 from ostinato.kernels.moe.choice.triton import nth_largest
 from ostinato.kernels.moe.route.triton import choose_all, load_squares, root_of, sum_both
-from ostinato.kernels.triton import fence, gate_times_up, nothing, trigger, wait
+from ostinato.kernels.triton import fence, gate_times_up, nothing, store_own, trigger, wait
 
 
 @triton.jit
@@ -40,6 +42,13 @@ def load_expert(
         d + first * (K // SUPER), m + first * (K // SUPER), sub_d + first * KG, sub_m + first * KG,
         rows, g, KG, BITS, SUPER, HAS_MIN, HAS_SUB,
     )  # fmt: skip
+
+
+@triton.jit
+def int8_of(y, largest):
+    """y as integers of the scale ``largest`` / 127, in the lowest byte of an int32."""
+    # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
+    return (y * (127.0 / tl.maximum(largest, 1e-30)) + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -59,7 +68,7 @@ def store_rows(y, words, scales):
 
 @triton.jit
 def _gate_up_kernel(
-    x_words, x_scales, roots, eps, logits, words, high, d, m, sub_d, sub_m, act_words, act_scales, E, K: tl.constexpr,
+    x_words, x_scales, roots, eps, logits, words, high, d, m, sub_d, sub_m, act, act_scales, E, K: tl.constexpr,
     F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr,
     MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr,
     TOGETHER: tl.constexpr, NG: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
@@ -71,6 +80,9 @@ def _gate_up_kernel(
     with one program a pick and some rows they went where there was room, up to eight to one.
 
     PARTS: 0 where ``roots`` is 1 / the row's root mean square; else the parts there of its sum of squares.
+
+    A warp's lanes belong to one row of one pick or more; the warps meet once, for the largest values of all rows that
+    share a scale and for the sums of the shared expert, whose gate and up lie in different warps.
     """
     KG: tl.constexpr = K // 32
     MIN: tl.constexpr = MIN_SIGN != 0
@@ -79,56 +91,87 @@ def _gate_up_kernel(
     ROWS: tl.constexpr = R * SIDE
     W: tl.constexpr = SIDE * TOGETHER
     BLOCKS: tl.constexpr = F // ROWS
+    OWN: tl.constexpr = 2 * SHARED // W  # rows of the shared expert in each thread
     w = tl.arange(0, W)[None, None, :, None]
     g = tl.arange(0, NG)[None, None, None, :] + w * 0
+    w += g * 0
     block = tl.program_id(0) % BLOCKS
     group = tl.program_id(0) // BLOCKS
     of_shared = nothing()
     if SHARED > 0:
-        s = tl.arange(0, 2 * SHARED // W)[None, :, None, None] * W + w
-        row = tl.program_id(0) * SHARED + s % SHARED
-        row = tl.where(row < F, row + s // SHARED * F, -1)  # gate before up; nothing is loaded for a row below 0
         first = (tl.program_id(0) * 0 + E).to(tl.int64) * (2 * F)
         for step in tl.static_range(STEPS):
-            of_shared += (
-                load_expert(words, high, d, m, sub_d, sub_m, first, row, step * NG + g, K, BITS, SUPER, MIN, SUB),
-            )
+            for i in tl.static_range(OWN):
+                s = i * W + w
+                row = tl.program_id(0) * SHARED + s % SHARED
+                row = tl.where(row < F, row + s // SHARED * F, -1)  # gate before up; nothing is loaded for rows below 0
+                of_shared += (
+                    load_expert(words, high, d, m, sub_d, sub_m, first, row, step * NG + g, K, BITS, SUPER, MIN, SUB),
+                )
     wait(PDL)
     trigger(PDL)
     xs = nothing()  # before the choice: behind the weights they would be the last to come
     for step in tl.static_range(STEPS):
         xs += (load_unsummed(x_words, x_scales, step * NG + g, KG, 4),)
-    squares = load_squares(roots, PARTS)
-    pick = group * TOGETHER + w // SIDE + g * 0
-    first = nth_largest(logits, pick, E, EP, TOP_K).to(tl.int64) * (2 * F)
-    rows = block * ROWS + tl.arange(0, R)[None, :, None, None] * SIDE + w % SIDE
+    side = w % SIDE
+    pick = w // SIDE
+    first = nth_largest(logits, group * TOGETHER + pick, E, EP, TOP_K).to(tl.int64) * (2 * F)
     tiles = nothing()
-    for i in tl.static_range(2 * STEPS):  # gate and up by turns
-        at = i // 2 * NG + g
-        tiles += (load_expert(words, high, d, m, sub_d, sub_m, first, rows + i % 2 * F, at, K, BITS, SUPER, MIN, SUB),)
+    for step in tl.static_range(STEPS):
+        for i in tl.static_range(2 * R):  # gate and up by turns
+            row = block * ROWS + side * R + i // 2 + i % 2 * F
+            at = step * NG + g
+            tiles += (load_expert(words, high, d, m, sub_d, sub_m, first, row, at, K, BITS, SUPER, MIN, SUB),)
     fence()
-    root = root_of(squares, eps, K, PARTS)
-    gate = tl.zeros((1, R, W, NG), tl.float32)
-    up = gate
-    both = tl.zeros((1, max(2 * SHARED // W, 1), W, NG), tl.float32)
+    root = mean_root(roots, g, eps, K, PARTS, NG) if PARTS > 0 else tl.load(roots)
+    sums = nothing()
+    both = nothing()
     for step in tl.static_range(STEPS):
         x = with_row_sums(xs[step], 4, GROUP, MIN or OFFSET != 0)
+        more = nothing()
+        for i in tl.static_range(OWN):
+            y = row_products(of_shared[step * OWN + i], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
+            more += (y if step == 0 else both[i] + y,)
+        both = more
+        more = nothing()
+        for i in tl.static_range(2 * R):
+            tile = tiles[step * 2 * R + i // R + i % R * 2]  # all of gate, then all of up
+            y = row_products(tile, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
+            more += (y if step == 0 else sums[i] + y,)
+        sums = more
+    gate, up = sum_rows(sums, R, 2, NG, 1)
+    value = gate_times_up(gate * root, up * root, "silu")
+    LANES: tl.constexpr = NG // R  # that have the same value
+    SPAN: tl.constexpr = SIDE * NG  # that have values of one pick
+    largest = max_lanes(tl.abs(value), min(SPAN, 32), LANES)
+    WARPS: tl.constexpr = max(1, W * NG // 32)
+    MEET: tl.constexpr = max(1, SPAN // 32)
+    thread = w * NG + g
+    if SHARED > 0 or WARPS > 1:
+        warp = thread // 32
+        written = (largest, warp, thread % 32 == 0)
+        places = nothing()
+        for i in tl.static_range(MEET):
+            places += (warp // MEET * MEET + i,)
+        for i in tl.static_range(OWN):
+            written += (sum_lanes(both[i], NG, 1), WARPS + i * W + w, g == 0)
+        s = thread % max(SHARED, 1)
+        places += (WARPS + s, WARPS + SHARED + s)
+        found = share(written, places, 1 + OWN, MEET + 2, WARPS + max(2 * SHARED, 1))
+        largest = found[0]
+        for i in tl.static_range(1, MEET):
+            largest = tl.maximum(largest, found[i])
         if SHARED > 0:
-            both += row_products(of_shared[step], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
-        gate += row_products(tiles[2 * step], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
-        up += row_products(tiles[2 * step + 1], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
-    gate, up = sum_both(gate, up, 3)
-    act = tl.reshape(gate_times_up(gate * root, up * root, "silu"), (R, TOGETHER, SIDE))
-    act = tl.reshape(tl.permute(act, (1, 0, 2)), (TOGETHER, ROWS))
-    at = (group * TOGETHER + tl.arange(0, TOGETHER)) * BLOCKS + block
-    store_rows(act, act_words + at * (ROWS // 4), act_scales + at)
-    if SHARED > 0:
-        gate, up = tl.split(tl.permute(tl.reshape(tl.sum(both, 3), (2, SHARED)), (1, 0)))
-        if tl.program_id(0) * SHARED < F:
-            of_one = tl.reshape(gate_times_up(gate * root, up * root, "silu"), (1, SHARED))
-            last = TOP_K * BLOCKS + tl.program_id(0) + tl.arange(0, 1)
-            word = act_words + TOP_K * (F // 4) + tl.program_id(0) * (SHARED // 4) + tl.arange(0, 1)
-            store_rows(of_one, word, act_scales + last)
+            of_one = gate_times_up(found[MEET] * root, found[MEET + 1] * root, "silu")
+            most = max_lanes(tl.abs(of_one), SHARED, 1)
+            column = tl.program_id(0) * SHARED + s
+            inside = (thread < SHARED) & (column < F)
+            store_own(act + TOP_K * F + column, int8_of(of_one, most), inside)
+            last = TOP_K * BLOCKS + tl.program_id(0)
+            store_own(act_scales + last + thread * 0, most * (1.0 / 127.0), inside & (thread == 0))
+    at = (group * TOGETHER + pick) * BLOCKS + block
+    store_own(act + at * ROWS + side * R + g // LANES, int8_of(value, largest), g % LANES == 0)
+    store_own(act_scales + at, largest * (1.0 / 127.0), thread % SPAN == 0)
 
 
 @triton.jit
@@ -152,22 +195,24 @@ def _down_kernel(
 ):  # fmt: skip
     """out = h + the weighted sum over all picks of one token, R * SIDE rows a program.
 
-    Threads have SIDE rows of TOGETHER picks side by side. The shared expert, a pick too many, has all of them for rows.
+    A row has NG lanes for each of TOGETHER picks side by side, all of them in one warp, so that the sum over picks
+    needs no other. The shared expert, a pick too many, shares its rows out among these picks.
     HANDED: columns of which out * next_norm is stored as int8 with one scale, beside the sum of out² over them, so that
     the next product needs no kernel for its norm; 0 for none. PARTS: as in ``_gate_up_kernel``.
     """
     trigger(PDL)
     FG: tl.constexpr = F // 32
+    INNER: tl.constexpr = (FG + NG - 1) // NG
     MIN: tl.constexpr = MIN_SIGN != 0
     SUB: tl.constexpr = GROUP != SUPER
     SUMS: tl.constexpr = MIN or OFFSET != 0
-    W: tl.constexpr = SIDE * TOGETHER
     STEPS: tl.constexpr = (TOP_K + TOGETHER - 1) // TOGETHER
-    w = tl.arange(0, W)[None, None, :, None]
+    OWN: tl.constexpr = R // TOGETHER  # rows of the shared expert in each thread
+    w = tl.arange(0, SIDE * TOGETHER)[None, None, :, None]
     g = tl.arange(0, NG)[None, None, None, :] + w * 0
-    which = w // SIDE
+    which = w % TOGETHER + g * 0
     start = tl.program_id(0) * (R * SIDE)
-    rows = tl.minimum(start + tl.arange(0, R)[None, :, None, None] * SIDE + w % SIDE, H - 1)
+    own = start + w // TOGETHER * R  # the first of a thread's rows
     if not EARLY:
         wait(PDL)
     root = root_of(load_squares(roots, PARTS), eps, K, PARTS) if PARTS > 0 else 1.0
@@ -178,41 +223,66 @@ def _down_kernel(
             first = experts[step].to(tl.int64) * H
         else:
             first = one_of(experts, which, step * TOGETHER, TOGETHER, TOP_K - 1).to(tl.int64) * H
-        tiles += (load_expert(words, high, d, m, sub_d, sub_m, first, rows, g, F, BITS, SUPER, MIN, SUB),)
+        for i in tl.static_range(INNER):
+            for r in tl.static_range(R):
+                row = tl.minimum(own + r, H - 1)
+                tiles += (
+                    load_expert(words, high, d, m, sub_d, sub_m, first, row, i * NG + g, F, BITS, SUPER, MIN, SUB),
+                )
+    shared = nothing()
     if SHARED:
-        all_rows = start + tl.arange(0, R // TOGETHER)[None, :, None, None] * W + w
-        all_rows = tl.minimum(all_rows, H - 1)
         first = experts[TOP_K].to(tl.int64) * H
-        shared = load_expert(words, high, d, m, sub_d, sub_m, first, all_rows, g, F, BITS, SUPER, MIN, SUB)
-    n = start + tl.arange(0, R)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
-    total = tl.load(h + n, mask=n < H, other=0.0, cache_modifier=".cg")
+        for i in tl.static_range(INNER):
+            for r in tl.static_range(OWN):
+                row = tl.minimum(own + which * OWN + r, H - 1)
+                shared += (
+                    load_expert(words, high, d, m, sub_d, sub_m, first, row, i * NG + g, F, BITS, SUPER, MIN, SUB),
+                )
+    LANES: tl.constexpr = NG * TOGETHER // R  # that have the same row, once the lanes have added what they have
+    thread = w * NG + g
+    n = start + thread // LANES
+    mine = (thread % LANES == 0) & (n < H)
+    before = tl.load(h + n, mask=n < H, other=0.0, cache_modifier=".cg")
     if HANDED:
-        group = tl.program_id(0) * (R * SIDE // HANDED) + tl.arange(0, R * SIDE // HANDED)
-        column = group[:, None] * HANDED + tl.arange(0, HANDED)[None, :]
-        gain = tl.load(next_norm + column, mask=column < H, other=0.0)
+        gain = tl.load(next_norm + n, mask=n < H, other=0.0)
     if EARLY:
         wait(PDL)
-    acc = tl.zeros((1, R, W, NG), tl.float32)
+    sums = nothing()
+    for r in tl.static_range(R):
+        sums += (g * 0.0,)
     for step in tl.static_range(STEPS):
         if TOGETHER == 1:
-            x = load_row(act_words + step * (F // 4), act_scales + step * (F // 4 // SHARE), g, FG, SHARE, GROUP, SUMS)
-            acc += row_products(tiles[step], x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weights[step]
+            pick = which + step
+            weight = weights[step]
         else:
             pick = step * TOGETHER + which
             weight = tl.where(pick < TOP_K, one_of(weights, which, step * TOGETHER, TOGETHER, TOP_K - 1), 0.0)
             pick = tl.minimum(pick, TOP_K - 1)
-            x = load_row(act_words + pick * (F // 4), act_scales + pick * (F // 4 // SHARE), g, FG, SHARE, GROUP, SUMS)
-            acc += row_products(tiles[step], x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weight
-    total += tl.sum(tl.reshape(tl.sum(acc, 3), (R, TOGETHER, SIDE)), 1)
+        for i in tl.static_range(INNER):
+            scales = act_scales + pick * (F // 4 // SHARE)
+            x = load_row(act_words + pick * (F // 4), scales, i * NG + g, FG, SHARE, GROUP, SUMS)
+            more = nothing()
+            for r in tl.static_range(R):
+                tile = tiles[(step * INNER + i) * R + r]
+                more += (sums[r] + row_products(tile, x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weight,)
+            sums = more
     if SHARED:
-        scales = act_scales + TOP_K * (F // 4 // SHARE)
-        x = load_row(act_words + TOP_K * (F // 4), scales, g, FG, SHARE_SHARED, GROUP, SUMS)
-        of_shared = row_products(shared, x, SHARE_SHARED, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weights[TOP_K]
-        total += tl.reshape(tl.sum(of_shared, 3), (R, SIDE))
-    tl.store(out + n, total, mask=n < H)
+        for i in tl.static_range(INNER):
+            scales = act_scales + TOP_K * (F // 4 // SHARE)
+            x = load_row(act_words + TOP_K * (F // 4), scales, i * NG + g, FG, SHARE_SHARED, GROUP, SUMS)
+            of_own = nothing()
+            for r in tl.static_range(OWN):
+                tile = shared[i * OWN + r]
+                of_own += (row_products(tile, x, SHARE_SHARED, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weights[TOP_K],)
+            more = nothing()
+            for r in tl.static_range(R):
+                more += (sums[r] + tl.where(which == r // OWN, of_own[r % OWN], 0.0),)
+            sums = more
+    total = before + sum_rows(sums, R, 1, NG * TOGETHER, 1)[0]
+    store_own(out + n, total, mine)
     if HANDED:
-        sums = tl.reshape(total, (R * SIDE // HANDED, HANDED))
-        store_handed(sums, gain, group, next_x, next_scale, squares, H)
+        THREADS: tl.constexpr = SIDE * TOGETHER * NG
+        hand_on(total, gain, start, thread, LANES, HANDED, THREADS, next_x, next_scale, squares, H)
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""The fused kernel of one token whose gates are there already."""
