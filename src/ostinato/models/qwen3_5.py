@@ -75,21 +75,24 @@ class Qwen35DecoderLayer:
         return self.mixer.output(mixed, h), None
 
 
-def rounded_norm(following: Qwen35DecoderLayer | None, batch: Batch) -> Norm | None:
-    """The norm of the layer ``following``, if whoever makes its row is to apply it and round the row for that layer.
+def norm_and_product(layer: Qwen35DecoderLayer) -> tuple[Norm, Linear]:
+    """The first that a layer does."""
+    mixer = layer.mixer
+    return mixer.norm, mixer.in_proj if isinstance(mixer, DeltaNet) else mixer.qkv
+
+
+def rounded_norm(norm: Norm, product: Linear, batch: Batch) -> Norm | None:
+    """``norm``, if whoever makes the row of ``product`` is to apply it and round the row.
 
     That saves a kernel: for one row of a decode step on a GPU, before a matrix of blocks.
     """
-    if following is None or not (batch.decode and batch.tokens.is_cuda and batch.tokens.shape[0] == 1):
-        return None
-    mixer = following.mixer
-    first = mixer.in_proj if isinstance(mixer, DeltaNet) else mixer.qkv
-    return mixer.norm if first.block_weight is not None else None
+    one = batch.decode and batch.tokens.is_cuda and batch.tokens.shape[0] == 1
+    return norm if one and product.block_weight is not None else None
 
 
-def handed_norm(mlp: MoE, following: Qwen35DecoderLayer | None, batch: Batch) -> Norm | None:
-    """``rounded_norm`` where the experts ``mlp`` make the row."""
-    return rounded_norm(following, batch) if mlp.hands_down(batch.tokens.shape[0]) else None
+def handed_norm(mlp: MoE, following: tuple[Norm, Linear], batch: Batch) -> Norm | None:
+    """``rounded_norm`` of what follows the experts ``mlp``, where they make the row."""
+    return rounded_norm(*following, batch) if mlp.hands_down(batch.tokens.shape[0]) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,13 +133,14 @@ class Qwen35ForCausalLM:
     ) -> torch.Tensor:
         """Logits, float32 [M, vocab]; with ``rows`` (int64 [R]) of those rows alone, [R, vocab]."""
         row: RoundedRow | None = None
-        first_norm = rounded_norm(self.layers[0], batch)
+        first_norm = rounded_norm(*norm_and_product(self.layers[0]), batch)
         if first_norm is not None and isinstance(self.embed, BlockWeight):
             h, x, scale, squares = embed_rounded(batch.tokens, self.embed, first_norm.weight)
             row = RoundedRow(x, scale, squares, first_norm.eps)
         else:
             h = embed(batch.tokens, self.embed, out_dtype=torch.float32)
-        for layer, following, kept in zip(self.layers, (*self.layers[1:], None), kv, strict=True):
+        behind = [*map(norm_and_product, self.layers[1:]), (self.norm, self.head)]
+        for layer, following, kept in zip(self.layers, behind, kv, strict=True):
             mixed: torch.Tensor | RoundedRow | RoundedEights
             if isinstance(layer.mixer, DeltaNet):
                 assert isinstance(kept, RecurrentState)
@@ -153,6 +157,8 @@ class Qwen35ForCausalLM:
                 h, row = layer.mlp(h, self.activation), None
         if rows is not None:
             h = h.index_select(0, rows)
+        elif row is not None:
+            return self.head.of_rounded(row, out_dtype=torch.float32)
         return self.head(h, norm=self.norm, out_dtype=torch.float32)
 
 

@@ -190,7 +190,9 @@ def moe_block(
             shared_gate is not None, t.integer, num_warps=t.router_warps, **options,
         )  # fmt: skip
     share = t.gate_rows // 4
-    act = () if t.integer else _int8(tokens * picks, width, share if tokens > 1 else 1, device)
+    act: tuple[torch.Tensor, ...] = (
+        () if t.integer else _int8(tokens * picks, width, share if tokens > 1 else 1, device)
+    )
     gate_planes = _planes(gate_up, gate_up_kind)
     down_planes = _planes(down, down_kind)
     gate_constants = kind_constants(KINDS[gate_up_kind])

@@ -15,7 +15,7 @@ import triton.language as tl
 from ostinato.kernels.block_linear.matvec.triton import head_norm, load_tile, products, with_sums
 from ostinato.kernels.block_linear.planes import kind_constants, pairs
 from ostinato.kernels.block_linear.rounded.triton import hand_on
-from ostinato.kernels.lanes import share, sum_rows
+from ostinato.kernels.lanes.triton import share, sum_rows
 from ostinato.kernels.launch import launch_options
 from ostinato.kernels.moe.ref import HANDED
 from ostinato.kernels.triton import load_float, load_floats, load_word, load_words, nothing, store_own, trigger, wait
@@ -50,7 +50,6 @@ def _store_logits(
     K: tl.constexpr, TOGETHER: tl.constexpr, HEADS: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits first … first + TOGETHER - 1, of which every thread adds some quads of columns."""
-    KG: tl.constexpr = K // 32
     OF_X: tl.constexpr = (K + 4 * THREADS - 1) // (4 * THREADS)
     OF_H: tl.constexpr = (N + 4 * THREADS - 1) // (4 * THREADS)
     WARPS: tl.constexpr = THREADS // 32

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ostinato.kernels.block_linear.matvec.triton import half, load_tile, quad
-from ostinato.kernels.lanes import max_lanes, share, sum_lanes, sum_rows
+from ostinato.kernels.lanes.triton import max_lanes, share, sum_lanes, sum_rows
 from ostinato.kernels.triton import (
     INTERPRETED,
     dp4a,

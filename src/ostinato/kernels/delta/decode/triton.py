@@ -16,9 +16,9 @@ import triton.language as tl
 
 from ostinato.errors import KernelError
 from ostinato.kernels.block_linear.eights import SPAN
-from ostinato.kernels.delta.activations import sigmoid, silu, softplus
 from ostinato.kernels.delta.ref import L2_EPS, PARTS
 from ostinato.kernels.delta.token.triton import delta_token, takes
+from ostinato.kernels.delta.triton import sigmoid, silu, softplus
 from ostinato.kernels.launch import launch_options, num_multiprocessors
 from ostinato.kernels.triton import INTERPRETED, load_floats, nothing, trigger, wait
 

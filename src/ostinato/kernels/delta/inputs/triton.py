@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.kernels.delta.activations import silu, softplus
+from ostinato.kernels.delta.triton import silu, softplus
 from ostinato.kernels.triton import dot_bfloat16, trigger, wait
 
 

@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ostinato.kernels.delta.activations import silu
 from ostinato.kernels.delta.decode.triton import load_state, sum_pair
 from ostinato.kernels.delta.inputs.triton import delta_conv_kernel, delta_gates_kernel, product
 from ostinato.kernels.delta.ref import L2_EPS
+from ostinato.kernels.delta.triton import silu
 from ostinato.kernels.launch import launch_options
 from ostinato.kernels.triton import trigger, wait
 

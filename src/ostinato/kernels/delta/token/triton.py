@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ostinato.kernels.delta.activations import sigmoid, silu, softplus
 from ostinato.kernels.delta.ref import L2_EPS, PARTS
-from ostinato.kernels.lanes import max_lanes, of_lane_across, share, sum_lanes, sum_rows
+from ostinato.kernels.delta.triton import sigmoid, silu, softplus
+from ostinato.kernels.lanes.triton import max_lanes, of_lane_across, share, sum_lanes, sum_rows
 from ostinato.kernels.launch import launch_options
 from ostinato.kernels.triton import load_float, load_floats, nothing, store_own, store_quad, trigger, wait
 

@@ -24,7 +24,7 @@ from ostinato.kernels.block_linear.rounded.triton import (
     row_products,
     with_row_sums,
 )
-from ostinato.kernels.lanes import max_lanes, share, sum_lanes, sum_rows
+from ostinato.kernels.lanes.triton import max_lanes, share, sum_lanes, sum_rows
 from ostinato.kernels.moe.choice.triton import nth_largest
 from ostinato.kernels.moe.route.triton import choose_all, load_squares, root_of, sum_both
 from ostinato.kernels.triton import fence, gate_times_up, nothing, store_own, trigger, wait
@@ -149,7 +149,7 @@ def _gate_up_kernel(
     thread = w * NG + g
     if SHARED > 0 or WARPS > 1:
         warp = thread // 32
-        written = (largest, warp, thread % 32 == 0)
+        written = nothing() + (largest, warp, thread % 32 == 0)  # noqa: RUF005
         places = nothing()
         for i in tl.static_range(MEET):
             places += (warp // MEET * MEET + i,)
@@ -248,7 +248,7 @@ def _down_kernel(
     if EARLY:
         wait(PDL)
     sums = nothing()
-    for r in tl.static_range(R):
+    for _ in tl.static_range(R):
         sums += (g * 0.0,)
     for step in tl.static_range(STEPS):
         if TOGETHER == 1:

@@ -1,0 +1,1 @@
+"""What the lanes of a warp and the warps of a program give each other, by hand."""
