@@ -52,15 +52,16 @@ def max_across(x, MASK: tl.constexpr):
 
 
 @triton.jit
-def of_lane_across(x, MASK: tl.constexpr):
-    """x, float32, of the lane whose number differs by the bits of MASK."""
+def of_lane(x, lane):
+    """x, float32, of the lane of that number in the same warp, int32."""
     if INTERPRETED:
         SIZE: tl.constexpr = x.numel
-        return tl.reshape(tl.gather(tl.reshape(x, (SIZE,)), tl.arange(0, SIZE) ^ MASK, 0), x.shape)
+        from_lane = tl.arange(0, SIZE) // 32 * 32 + tl.reshape(lane, (SIZE,))
+        return tl.reshape(tl.gather(tl.reshape(x, (SIZE,)), from_lane, 0), x.shape)
     else:
         return tl.inline_asm_elementwise(
-            f"shfl.sync.bfly.b32 $0, $1, {MASK}, 31, 0xffffffff;",
-            "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1,
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;",
+            "=f,f,r", [x, lane], dtype=tl.float32, is_pure=False, pack=1,
         )  # fmt: skip
 
 

@@ -251,20 +251,22 @@ def _rounded_kernel(
     """One row of x with a scale for 16 columns by R * W rows of a weight, each in NG lanes.
 
     PARTS: the sum of that many ``squares`` of a row is of all K columns, and the root mean square divides the products
-    (it only scales a row); 0 for none. BESIDE: programs behind those of the weight have rows of ``beside``, if any.
+    (it only scales a row); 0 for none. BESIDE: programs before those of the weight have rows of ``beside``, if any.
     """
     trigger(PDL)
     KG: tl.constexpr = K // 32
     STEPS: tl.constexpr = (KG + NG - 1) // NG
     SUB: tl.constexpr = GROUP != SUPER
     MIN: tl.constexpr = MIN_SIGN != 0
-    start = tl.program_id(0) * (R * W)
-    if BESIDE:  # noqa: SIM102  # known to the compiler, unlike what follows
-        if start >= N:
-            WARPS: tl.constexpr = W * NG // 32
-            first = (tl.program_id(0) - (N + R * W - 1) // (R * W)) * WARPS
-            _store_beside(first, h, norm, beside, logits, squares, eps, COUNT, K, WARPS, PARTS, PDL)
+    program = tl.program_id(0)
+    if BESIDE:
+        WARPS: tl.constexpr = W * NG // 32
+        others = (COUNT + WARPS - 1) // WARPS
+        if program < others:  # the first to start, since they have the most to load
+            _store_beside(program * WARPS, h, norm, beside, logits, squares, eps, COUNT, K, WARPS, PARTS, PDL)
             return
+        program -= others
+    start = program * (R * W)
     token = tl.program_id(1)
     w = tl.arange(0, W)[None, None, :, None]
     g = tl.arange(0, NG)[None, None, None, :] + w * 0
@@ -280,7 +282,7 @@ def _rounded_kernel(
     mine = (g % (NG // R) == 0) & (n < N)
     wait(PDL)
     if RESIDUAL:
-        added = tl.load(residual + where, mask=mine, other=0.0)
+        added = load_float(residual + where, mine)
     if PARTS > 0:
         root = mean_root(squares + token * PARTS, g, eps, K, PARTS, NG)
     sums = nothing()

@@ -26,8 +26,8 @@ from ostinato.kernels.block_linear.rounded.triton import (
 )
 from ostinato.kernels.lanes.triton import max_lanes, share, sum_lanes, sum_rows
 from ostinato.kernels.moe.choice.triton import nth_largest
-from ostinato.kernels.moe.route.triton import choose_all, load_squares, root_of, sum_both
-from ostinato.kernels.triton import fence, gate_times_up, nothing, store_own, trigger, wait
+from ostinato.kernels.moe.route.triton import choose_all, load_fresh, load_squares, root_of, sum_both
+from ostinato.kernels.triton import fence, gate_times_up, load_float, nothing, store_own, trigger, wait
 
 
 @triton.jit
@@ -242,9 +242,9 @@ def _down_kernel(
     thread = w * NG + g
     n = start + thread // LANES
     mine = (thread % LANES == 0) & (n < H)
-    before = tl.load(h + n, mask=n < H, other=0.0, cache_modifier=".cg")
+    before = load_fresh(h + tl.minimum(n, H - 1))
     if HANDED:
-        gain = tl.load(next_norm + n, mask=n < H, other=0.0)
+        gain = load_float(next_norm + n, n < H)
     if EARLY:
         wait(PDL)
     sums = nothing()
