@@ -94,41 +94,51 @@ def _fold_at(values, AT: tl.constexpr, HALF: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def sum_rows(values, R: tl.constexpr, COUNT: tl.constexpr, SPAN: tl.constexpr, LEAST: tl.constexpr):
-    """COUNT tuples of R sums, one behind the other, each over lanes that differ in the bits from LEAST up to SPAN / 2.
+def sum_rows(values, R: tl.constexpr, COUNT: tl.constexpr, FIRST: tl.constexpr, SPAN: tl.constexpr):
+    """COUNT tuples of R sums, one behind the other, each over lanes that differ in the bits from FIRST below SPAN.
 
-    R: a power of two, at most SPAN / LEAST. Returns COUNT tensors: sum r of R is in the lanes whose number modulo SPAN,
-    divided by SPAN / R, is r.
+    R: a power of two. Returns as many tuples of those sums that a lane keeps: ``row_of`` and the ones that follow it,
+    R / (SPAN / FIRST) or at least one.
     """
     for level in tl.static_range(5):
-        if SPAN >> (level + 1) >= LEAST:
+        if FIRST << level < SPAN:
             found = nothing()
             if R >> (level + 1) > 0:
                 for i in tl.static_range(COUNT):
                     for r in tl.static_range(R >> (level + 1)):
-                        found += (_fold_at(values, (R >> level) * i + r, R >> (level + 1), SPAN >> (level + 1)),)
+                        found += (_fold_at(values, (R >> level) * i + r, R >> (level + 1), FIRST << level),)
             else:
                 for i in tl.static_range(COUNT):
-                    found += (add_across(values[i], SPAN >> (level + 1)),)
+                    found += (add_across(values[i], FIRST << level),)
             values = found
     return values
 
 
 @triton.jit
-def sum_lanes(x, SPAN: tl.constexpr, LEAST: tl.constexpr):
-    """The sum over lanes that differ in the bits from LEAST up to SPAN / 2, in all of them."""
+def row_of(lane, R: tl.constexpr, FIRST: tl.constexpr, SPAN: tl.constexpr):
+    """The first of R sums that a lane keeps of ``sum_rows``."""
+    row = lane * 0
     for level in tl.static_range(5):
-        if SPAN >> (level + 1) >= LEAST:
-            x = add_across(x, SPAN >> (level + 1))
+        if FIRST << level < SPAN and R >> (level + 1) > 0:
+            row += (lane // (FIRST << level)) % 2 * (R >> (level + 1))
+    return row
+
+
+@triton.jit
+def sum_lanes(x, FIRST: tl.constexpr, SPAN: tl.constexpr):
+    """The sum over lanes that differ in the bits from FIRST below SPAN, in all of them."""
+    for level in tl.static_range(5):
+        if FIRST << level < SPAN:
+            x = add_across(x, FIRST << level)
     return x
 
 
 @triton.jit
-def max_lanes(x, SPAN: tl.constexpr, LEAST: tl.constexpr):
-    """The maximum over lanes that differ in the bits from LEAST up to SPAN / 2, in all of them."""
+def max_lanes(x, FIRST: tl.constexpr, SPAN: tl.constexpr):
+    """The maximum over lanes that differ in the bits from FIRST below SPAN, in all of them."""
     for level in tl.static_range(5):
-        if SPAN >> (level + 1) >= LEAST:
-            x = max_across(x, SPAN >> (level + 1))
+        if FIRST << level < SPAN:
+            x = max_across(x, FIRST << level)
     return x
 
 

@@ -12,13 +12,21 @@ import torch
 import triton
 import triton.language as tl
 
-from ostinato.kernels.block_linear.matvec.triton import head_norm, load_tile, products, with_sums
+from ostinato.kernels.block_linear.matvec.triton import head_norm
 from ostinato.kernels.block_linear.planes import kind_constants, pairs
-from ostinato.kernels.block_linear.rounded.triton import hand_on
-from ostinato.kernels.lanes.triton import share, sum_rows
+from ostinato.kernels.block_linear.rounded.triton import (
+    add_all,
+    hand_on,
+    load_rows,
+    load_unsummed,
+    row_sums,
+    sharers,
+    with_row_sums,
+)
+from ostinato.kernels.lanes.triton import row_of, share, sum_rows
 from ostinato.kernels.launch import launch_options
 from ostinato.kernels.moe.ref import HANDED
-from ostinato.kernels.triton import load_float, load_floats, load_word, load_words, nothing, store_own, trigger, wait
+from ostinato.kernels.triton import load_float, load_floats, load_word, nothing, store_own, trigger, wait
 from ostinato.quant.blocks import KINDS
 
 
@@ -91,20 +99,19 @@ def _store_logits(
         for i in tl.static_range(1, COUNT):
             total += values[i] * weights[t * COUNT + i]
         sums += (total,)
-    total = sum_rows(sums, TOGETHER, 1, 32, 1)[0]
+    total = sum_rows(sums, TOGETHER, 1, 1, 32)[0]
     lane = thread % 32
-    LANES: tl.constexpr = 32 // TOGETHER
-    of = lane // LANES
+    of = row_of(lane, TOGETHER, 1, 32)
     if WARPS > 1:
         places = nothing()
         for i in tl.static_range(WARPS):
             places += (of * WARPS + i,)
         place = of * WARPS + thread // 32
-        found = share((total, place, lane % LANES == 0), places, 1, WARPS, TOGETHER * WARPS)
+        found = share((total, place, lane < TOGETHER), places, 1, WARPS, TOGETHER * WARPS)
         total = found[0]
         for i in tl.static_range(1, WARPS):
             total += found[i]
-    store_own(logits + first + of, total, (thread < 32) & (lane % LANES == 0) & (first + of < ROUTES))
+    store_own(logits + first + of, total, (thread < TOGETHER) & (first + of < ROUTES))
 
 
 @triton.jit
@@ -117,39 +124,34 @@ def _store_rows(
     """Rows start … start + R * W - 1 of the weight, each in NG lanes of a warp, and the row for the experts."""
     KG: tl.constexpr = K // 32
     STEPS: tl.constexpr = (KG + NG - 1) // NG
-    SUB: tl.constexpr = GROUP != SUPER
     MIN: tl.constexpr = MIN_SIGN != 0
-    LANES: tl.constexpr = NG // R  # that have the same row, once the lanes have added what they have
     w = tl.arange(0, W)[None, None, :, None]
     g = tl.arange(0, NG)[None, None, None, :] + w * 0
-    thread = w * NG + g
+    planes = nothing() + (words, high, d, m, sub_d, sub_m)  # noqa: RUF005
     tiles = nothing()  # all of them: one loaded a step ahead would come from memory after the wait
     for step in tl.static_range(STEPS):
-        for r in tl.static_range(R):
-            row = tl.minimum(start + w * R + r, N - 1)
-            tiles += (load_tile(words, high, d, m, sub_d, sub_m, row, step * NG + g, KG, BITS, SUPER, MIN, SUB),)
-    n = start + thread // LANES
+        tiles += (load_rows(planes, start + w * R, N - 1, step * NG + g, R, KG, BITS, GROUP, SUPER, MIN),)
+    n = start + w * R + row_of(g, R, 1, NG)  # the lane's own, once the lanes have added what they have
+    mine = (g < R) & (n < N)
     gain = load_float(norm + n, n < N)
     wait(PDL)
     added = load_float(residual + n, n < N)
+    S: tl.constexpr = sharers(GROUP, SUPER)
+    KEPT: tl.constexpr = max(1, R // S)
     sums = nothing()
     for step in tl.static_range(STEPS):
         at = step * NG + g
-        inside = at < KG
-        w0, w1, w2, w3 = load_words(x_words + at * 8, inside)
-        w4, w5, w6, w7 = load_words(x_words + at * 8 + 4, inside)
-        scale = load_float(x_scales + at, inside)
+        x = load_unsummed(x_words, x_scales, at, KG, 8)
         if HEADS > 0:
-            scale *= head_norm(squares, 0, at, inside, K, HEADS, eps)
-        quantized = with_sums(w0, w1, w2, w3, w4, w5, w6, w7, scale, GROUP, MIN or OFFSET != 0)
-        more = nothing()
-        for r in tl.static_range(R):
-            y = products(tiles[step * R + r], quantized, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
-            more += (y if step == 0 else sums[r] + y,)
-        sums = more
-    total = sum_rows(sums, R, 1, NG, 1)[0] + added
-    store_own(out + n, total, (thread % LANES == 0) & (n < N))
-    hand_on(total, gain, start, thread, LANES, SHARE, W * NG, next_x, next_scale, next_squares, N)
+            scale = x[8] * head_norm(squares, 0, at, at < KG, K, HEADS, eps)
+            x = (x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], scale)
+        x = with_row_sums(x, 8, GROUP, MIN or OFFSET != 0)
+        more = row_sums(tiles[step], x, R, 8, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
+        sums = more if step == 0 else add_all(sums, more, KEPT)
+    total = sum_rows(sums, KEPT, 1, S, NG)[0] + added
+    store_own(out + n, total, mine)
+    SPAN: tl.constexpr = NG * SHARE // R
+    hand_on(total, gain, n, mine, w * NG + g, SPAN, SHARE, W * NG, next_x, next_scale, next_squares, N)
 
 
 @triton.jit

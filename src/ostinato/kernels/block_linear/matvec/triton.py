@@ -29,16 +29,8 @@ from ostinato.kernels.triton import (
 
 
 @triton.jit
-def load_tile(
-    words, high, d, m, sub_d, sub_m, rows, g, KG: tl.constexpr, BITS: tl.constexpr, SUPER: tl.constexpr,
-    HAS_MIN: tl.constexpr, HAS_SUB: tl.constexpr,
-):  # fmt: skip
-    """The raw planes of a tile: eight words (four for less than 8 bits), high bits, scales.
-
-    rows: int32 [1, R, W, 1]. g: int32 [1, 1, 1, NG], the groups; those from KG on read as zeros.
-    For groups of 16, sub_d and sub_m hold two int8 in an int16, one per half of 32 columns.
-    What a kind does not have is the first word again, and unused.
-    """
+def load_quants(words, high, rows, g, KG: tl.constexpr, BITS: tl.constexpr):
+    """The raw quants of a tile: eight words (four for less than 8 bits) and two of high bits, as in ``load_tile``."""
     at = rows * KG + g
     inside = (rows >= 0) & (g < KG)
     per: tl.constexpr = 8 if BITS == 8 else 4
@@ -52,16 +44,41 @@ def load_tile(
     if BITS == 6:
         h0 = load_word(high + at * 2, inside)
         h1 = load_word(high + at * 2 + 1, inside)
+    return w0, w1, w2, w3, w4, w5, w6, w7, h0, h1
+
+
+@triton.jit
+def load_scales(d, m, rows, g, KG: tl.constexpr, SUPER: tl.constexpr, HAS_MIN: tl.constexpr):
+    """The scales of a tile and its minima, or the scales again."""
+    inside = (rows >= 0) & (g < KG)
     over = rows * (KG * 32 // SUPER) + g // (SUPER // 32)
     dd = load_word(d + over, inside)
-    mm, sd, sm = dd, h0, h0
+    mm = dd
     if HAS_MIN:
         mm = load_word(m + over, inside)
+    return dd, mm
+
+
+@triton.jit
+def load_tile(
+    words, high, d, m, sub_d, sub_m, rows, g, KG: tl.constexpr, BITS: tl.constexpr, SUPER: tl.constexpr,
+    HAS_MIN: tl.constexpr, HAS_SUB: tl.constexpr,
+):  # fmt: skip
+    """The raw planes of a tile: eight words (four for less than 8 bits), high bits, scales.
+
+    rows: int32 [1, R, W, 1]. g: int32 [1, 1, 1, NG], the groups; those from KG on read as zeros.
+    For groups of 16, sub_d and sub_m hold two int8 in an int16, one per half of 32 columns.
+    What a kind does not have is the first word again, and unused.
+    """
+    quants = load_quants(words, high, rows, g, KG, BITS)
+    dd, mm = load_scales(d, m, rows, g, KG, SUPER, HAS_MIN)
+    sd, sm = quants[8], quants[8]
     if HAS_SUB:
-        sd = load_word(sub_d + at, inside)
+        inside = (rows >= 0) & (g < KG)
+        sd = load_word(sub_d + rows * KG + g, inside)
         if HAS_MIN:
-            sm = load_word(sub_m + at, inside)
-    return w0, w1, w2, w3, w4, w5, w6, w7, h0, h1, dd, mm, sd, sm
+            sm = load_word(sub_m + rows * KG + g, inside)
+    return quants + (dd, mm, sd, sm)  # noqa: RUF005
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ostinato.kernels.delta.ref import L2_EPS, PARTS
 from ostinato.kernels.delta.triton import sigmoid, silu, softplus
-from ostinato.kernels.lanes.triton import max_lanes, of_lane, share, sum_lanes, sum_rows
+from ostinato.kernels.lanes.triton import max_lanes, of_lane, row_of, share, sum_lanes, sum_rows
 from ostinato.kernels.launch import launch_options
 from ostinato.kernels.triton import load_float, load_floats, nothing, store_own, store_quad, trigger, wait
 
@@ -128,13 +128,13 @@ def _token_kernel(
         for c in tl.static_range(4):
             more += (products[4 + c] + before[4 * i + c] * of_q,)
         products = more
-    s_k, s_q = sum_rows(products, 4, 2, 32, 8)
-    lengths = sum_rows((q * q, k * k, k * q, lane * 0.0), 4, 1, 32, 1)[0]  # each in eight lanes
+    s_k, s_q = sum_rows(products, 4, 2, 8, 32)
+    lengths = sum_rows((q * q, k * k, k * q, lane * 0.0), 4, 1, 1, 32)[0]  # each in eight lanes
     if WARPS > 1:
-        column = lane % 8 * 4 + lane // 8
+        column = lane % 8 * 4 + row_of(lane, 4, 8, 32)
         base = warp * 68
         written = nothing() + (s_k, base + column, lane >= 0, s_q, base + 32 + column, lane >= 0)  # noqa: RUF005
-        written += (lengths, base + 64 + lane // 8, lane % 8 == 0)
+        written += (lengths, base + 64 + row_of(lane, 4, 1, 32), lane < 4)
         places = nothing()
         for i in tl.static_range(WARPS):
             places += (lane + i * 68, lane + (i * 68 + 32))
@@ -153,11 +153,12 @@ def _token_kernel(
             kk += found[2 * WARPS + 3 * i + 1]
             kq += found[2 * WARPS + 3 * i + 2]
     else:
-        s_k = of_lane(s_k, lane // 4 + lane % 4 * 8)
-        s_q = of_lane(s_q, lane // 4 + lane % 4 * 8)
+        keeper = lane // 4 + row_of(lane, 4, 1, 4) * 8  # of the lane's column: its two lowest bits change places
+        s_k = of_lane(s_k, keeper)
+        s_q = of_lane(s_q, keeper)
         qq = of_lane(lengths, lane * 0)
-        kk = of_lane(lengths, lane * 0 + 8)
-        kq = of_lane(lengths, lane * 0 + 16)
+        kk = of_lane(lengths, lane * 0 + 2)
+        kq = of_lane(lengths, lane * 0 + 1)
     beta = sigmoid(b)
     decay = tl.exp(-rate * softplus(a + bias))
     k_scale = tl.rsqrt(kk + L2_EPS)
@@ -165,8 +166,8 @@ def _token_kernel(
     change = (v - s_k * (k_scale * decay)) * beta
     o = s_q * (q_scale * decay) + change * (kq * k_scale * q_scale)
     gated = o * gain * silu(z)
-    largest = max_lanes(tl.abs(gated), 32, 1)
-    square = sum_lanes(o * o, 32, 1)
+    largest = max_lanes(tl.abs(gated), 1, 32)
+    square = sum_lanes(o * o, 1, 32)
     # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
     rounded = (gated * (127.0 / tl.maximum(largest, 1e-30)) + 12582912.0).to(tl.int32, bitcast=True)
     of_row = row.to(tl.int64) * HV + head

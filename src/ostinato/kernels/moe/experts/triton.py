@@ -15,19 +15,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ostinato.kernels.block_linear.matvec.triton import load_tile
+from ostinato.kernels.block_linear.matvec.triton import load_quants, load_scales, load_tile
 from ostinato.kernels.block_linear.rounded.triton import (
+    add_all,
+    half_dots,
     hand_on,
     load_row,
+    load_rows,
     load_unsummed,
     mean_root,
     row_products,
+    row_sums,
+    scaled,
+    sharers,
     with_row_sums,
 )
-from ostinato.kernels.lanes.triton import max_lanes, share, sum_lanes, sum_rows
+from ostinato.kernels.lanes.triton import max_lanes, row_of, share, sum_lanes, sum_rows
 from ostinato.kernels.moe.choice.triton import nth_largest
 from ostinato.kernels.moe.route.triton import choose_all, load_fresh, load_squares, root_of, sum_both
 from ostinato.kernels.triton import fence, gate_times_up, load_float, nothing, store_own, trigger, wait
+
+
+@triton.jit
+def expert_planes(words, high, d, m, sub_d, sub_m, first, K: tl.constexpr, BITS: tl.constexpr, SUPER: tl.constexpr):
+    """The planes of a stack from row ``first``, int64, on."""
+    KG: tl.constexpr = K // 32
+    return (
+        words + first * (KG * (8 if BITS == 8 else 4)), high + first * (KG * (2 if BITS == 6 else 1)),
+        d + first * (K // SUPER), m + first * (K // SUPER), sub_d + first * KG, sub_m + first * KG,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -36,12 +52,8 @@ def load_expert(
     HAS_MIN: tl.constexpr, HAS_SUB: tl.constexpr,
 ):  # fmt: skip
     """``load_tile`` of the rows ``first + rows``, where first, int64, is the expert's."""
-    KG: tl.constexpr = K // 32
-    return load_tile(
-        words + first * (KG * (8 if BITS == 8 else 4)), high + first * (KG * (2 if BITS == 6 else 1)),
-        d + first * (K // SUPER), m + first * (K // SUPER), sub_d + first * KG, sub_m + first * KG,
-        rows, g, KG, BITS, SUPER, HAS_MIN, HAS_SUB,
-    )  # fmt: skip
+    p = expert_planes(words, high, d, m, sub_d, sub_m, first, K, BITS, SUPER)
+    return load_tile(p[0], p[1], p[2], p[3], p[4], p[5], rows, g, K // 32, BITS, SUPER, HAS_MIN, HAS_SUB)
 
 
 @triton.jit
@@ -116,14 +128,16 @@ def _gate_up_kernel(
     side = w % SIDE
     pick = w // SIDE
     first = nth_largest(logits, group * TOGETHER + pick, E, EP, TOP_K).to(tl.int64) * (2 * F)
+    planes = expert_planes(words, high, d, m, sub_d, sub_m, first, K, BITS, SUPER)
     tiles = nothing()
     for step in tl.static_range(STEPS):
-        for i in tl.static_range(2 * R):  # gate and up by turns
-            row = block * ROWS + side * R + i // 2 + i % 2 * F
-            at = step * NG + g
-            tiles += (load_expert(words, high, d, m, sub_d, sub_m, first, row, at, K, BITS, SUPER, MIN, SUB),)
+        for i in tl.static_range(2):
+            row = block * ROWS + side * R + i * F
+            tiles += (load_rows(planes, row, 2 * F - 1, step * NG + g, R, KG, BITS, GROUP, SUPER, MIN),)
     fence()
     root = mean_root(roots, g, eps, K, PARTS, NG) if PARTS > 0 else tl.load(roots)
+    S: tl.constexpr = sharers(GROUP, SUPER)
+    KEPT: tl.constexpr = max(1, R // S)
     sums = nothing()
     both = nothing()
     for step in tl.static_range(STEPS):
@@ -133,17 +147,13 @@ def _gate_up_kernel(
             y = row_products(of_shared[step * OWN + i], x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
             more += (y if step == 0 else both[i] + y,)
         both = more
-        more = nothing()
-        for i in tl.static_range(2 * R):
-            tile = tiles[step * 2 * R + i // R + i % R * 2]  # all of gate, then all of up
-            y = row_products(tile, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB)
-            more += (y if step == 0 else sums[i] + y,)
-        sums = more
-    gate, up = sum_rows(sums, R, 2, NG, 1)
+        of_both = row_sums(tiles[2 * step], x, R, 4, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
+        of_both += row_sums(tiles[2 * step + 1], x, R, 4, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
+        sums = of_both if step == 0 else add_all(sums, of_both, 2 * KEPT)
+    gate, up = sum_rows(sums, KEPT, 2, S, NG)
     value = gate_times_up(gate * root, up * root, "silu")
-    LANES: tl.constexpr = NG // R  # that have the same value
-    SPAN: tl.constexpr = SIDE * NG  # that have values of one pick
-    largest = max_lanes(tl.abs(value), min(SPAN, 32), LANES)
+    SPAN: tl.constexpr = SIDE * NG  # lanes that have values of one pick
+    largest = max_lanes(tl.abs(value), 1, min(SPAN, 32))
     WARPS: tl.constexpr = max(1, W * NG // 32)
     MEET: tl.constexpr = max(1, SPAN // 32)
     thread = w * NG + g
@@ -154,7 +164,7 @@ def _gate_up_kernel(
         for i in tl.static_range(MEET):
             places += (warp // MEET * MEET + i,)
         for i in tl.static_range(OWN):
-            written += (sum_lanes(both[i], NG, 1), WARPS + i * W + w, g == 0)
+            written += (sum_lanes(both[i], 1, NG), WARPS + i * W + w, g == 0)
         s = thread % max(SHARED, 1)
         places += (WARPS + s, WARPS + SHARED + s)
         found = share(written, places, 1 + OWN, MEET + 2, WARPS + max(2 * SHARED, 1))
@@ -163,14 +173,14 @@ def _gate_up_kernel(
             largest = tl.maximum(largest, found[i])
         if SHARED > 0:
             of_one = gate_times_up(found[MEET] * root, found[MEET + 1] * root, "silu")
-            most = max_lanes(tl.abs(of_one), SHARED, 1)
+            most = max_lanes(tl.abs(of_one), 1, SHARED)
             column = tl.program_id(0) * SHARED + s
             inside = (thread < SHARED) & (column < F)
             store_own(act + TOP_K * F + column, int8_of(of_one, most), inside)
             last = TOP_K * BLOCKS + tl.program_id(0)
             store_own(act_scales + last + thread * 0, most * (1.0 / 127.0), inside & (thread == 0))
     at = (group * TOGETHER + pick) * BLOCKS + block
-    store_own(act + at * ROWS + side * R + g // LANES, int8_of(value, largest), g % LANES == 0)
+    store_own(act + at * ROWS + side * R + row_of(g, R, 1, NG), int8_of(value, largest), g < R)
     store_own(act_scales + at, largest * (1.0 / 127.0), thread % SPAN == 0)
 
 
@@ -185,6 +195,45 @@ def one_of(values, which, FIRST: tl.constexpr, COUNT: tl.constexpr, LAST: tl.con
 
 
 @triton.jit
+def add_weighted(sums, more, weight, COUNT: tl.constexpr):
+    """sums + weight * more, of tuples of COUNT tensors."""
+    found = nothing()
+    for i in tl.static_range(COUNT):
+        found += (sums[i] + more[i] * weight,)
+    return found
+
+
+@triton.jit
+def rows_of_one(
+    loaded, x, which, kept, R: tl.constexpr, OWN: tl.constexpr, SHARE: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr,
+):  # fmt: skip
+    """``row_sums`` of R rows of which a thread has only OWN, those from which * OWN on; the others add nothing."""
+    S: tl.constexpr = sharers(GROUP, SUPER)
+    found = nothing()
+    if S == 1:
+        of_own = row_sums(loaded, x, OWN, SHARE, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
+        for r in tl.static_range(R):
+            found += (tl.where(which == r // OWN, of_own[r % OWN], 0.0),)
+    else:
+        of_own = nothing()
+        for r in tl.static_range(OWN):
+            lower, upper = half_dots(loaded[r], x, SHARE, BITS)
+            of_own += (lower + upper,)
+        dots = nothing()
+        for r in tl.static_range(R):
+            dots += (tl.where(which == r // OWN, of_own[r % OWN], 0.0),)
+        dots = sum_rows(dots, R, 1, 1, S)
+        of_x = x[8]
+        if MIN_SIGN != 0 or OFFSET != 0:
+            of_x = sum_lanes(x[8 + 8 // SHARE], 1, S)
+        for i in tl.static_range(max(1, R // S)):
+            has = tl.where(which == (kept + i) // OWN, of_x, 0.0)
+            found += (scaled(dots[i], loaded[OWN + i], has, GROUP, OFFSET, MIN_SIGN),)
+    return found
+
+
+@triton.jit
 def _down_kernel(
     act_words, act_scales, logits, words, high, d, m, sub_d, sub_m, h, out, next_norm, next_x, next_scale,
     squares, roots, eps, E, H, K: tl.constexpr, F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
@@ -195,7 +244,7 @@ def _down_kernel(
 ):  # fmt: skip
     """out = h + the weighted sum over all picks of one token, R * SIDE rows a program.
 
-    A row has NG lanes for each of TOGETHER picks side by side, all of them in one warp, so that the sum over picks
+    R rows have NG lanes for each of TOGETHER picks side by side, all of them in one warp, so that the sum over picks
     needs no other. The shared expert, a pick too many, shares its rows out among these picks.
     HANDED: columns of which out * next_norm is stored as int8 with one scale, beside the sum of out² over them, so that
     the next product needs no kernel for its norm; 0 for none. PARTS: as in ``_gate_up_kernel``.
@@ -204,7 +253,6 @@ def _down_kernel(
     FG: tl.constexpr = F // 32
     INNER: tl.constexpr = (FG + NG - 1) // NG
     MIN: tl.constexpr = MIN_SIGN != 0
-    SUB: tl.constexpr = GROUP != SUPER
     SUMS: tl.constexpr = MIN or OFFSET != 0
     STEPS: tl.constexpr = (TOP_K + TOGETHER - 1) // TOGETHER
     OWN: tl.constexpr = R // TOGETHER  # rows of the shared expert in each thread
@@ -223,32 +271,38 @@ def _down_kernel(
             first = experts[step].to(tl.int64) * H
         else:
             first = one_of(experts, which, step * TOGETHER, TOGETHER, TOP_K - 1).to(tl.int64) * H
+        planes = expert_planes(words, high, d, m, sub_d, sub_m, first, F, BITS, SUPER)
         for i in tl.static_range(INNER):
-            for r in tl.static_range(R):
-                row = tl.minimum(own + r, H - 1)
-                tiles += (
-                    load_expert(words, high, d, m, sub_d, sub_m, first, row, i * NG + g, F, BITS, SUPER, MIN, SUB),
-                )
+            tiles += (load_rows(planes, own, H - 1, i * NG + g, R, FG, BITS, GROUP, SUPER, MIN),)
+    S: tl.constexpr = sharers(GROUP, SUPER)
+    KEPT: tl.constexpr = max(1, R // S)
+    kept = row_of(g, R, 1, S)  # the first of the rows that a lane has of each pick
     shared = nothing()
     if SHARED:
-        first = experts[TOP_K].to(tl.int64) * H
+        planes = expert_planes(words, high, d, m, sub_d, sub_m, experts[TOP_K].to(tl.int64) * H, F, BITS, SUPER)
         for i in tl.static_range(INNER):
-            for r in tl.static_range(OWN):
-                row = tl.minimum(own + which * OWN + r, H - 1)
-                shared += (
-                    load_expert(words, high, d, m, sub_d, sub_m, first, row, i * NG + g, F, BITS, SUPER, MIN, SUB),
-                )
-    LANES: tl.constexpr = NG * TOGETHER // R  # that have the same row, once the lanes have added what they have
-    thread = w * NG + g
-    n = start + thread // LANES
-    mine = (thread % LANES == 0) & (n < H)
+            if S == 1:
+                row = own + which * OWN
+                shared += (load_rows(planes, row, H - 1, i * NG + g, OWN, FG, BITS, GROUP, SUPER, MIN),)
+            else:
+                found = nothing()
+                for r in tl.static_range(OWN):
+                    row = tl.minimum(own + which * OWN + r, H - 1)
+                    found += (load_quants(planes[0], planes[1], row, i * NG + g, FG, BITS),)
+                for r in tl.static_range(KEPT):
+                    row = tl.minimum(own + kept + r, H - 1)
+                    found += (load_scales(planes[2], planes[3], row, i * NG + g, FG, SUPER, MIN),)
+                shared += (found,)
+    lane = which * NG + g  # of those of a thread's rows
+    n = own + row_of(lane, R, 1, NG * TOGETHER)  # the lane's own, once the lanes have added what they have
+    mine = (lane < R) & (n < H)
     before = load_fresh(h + tl.minimum(n, H - 1))
     if HANDED:
         gain = load_float(next_norm + n, n < H)
     if EARLY:
         wait(PDL)
     sums = nothing()
-    for _ in tl.static_range(R):
+    for _ in tl.static_range(KEPT):
         sums += (g * 0.0,)
     for step in tl.static_range(STEPS):
         if TOGETHER == 1:
@@ -261,28 +315,20 @@ def _down_kernel(
         for i in tl.static_range(INNER):
             scales = act_scales + pick * (F // 4 // SHARE)
             x = load_row(act_words + pick * (F // 4), scales, i * NG + g, FG, SHARE, GROUP, SUMS)
-            more = nothing()
-            for r in tl.static_range(R):
-                tile = tiles[(step * INNER + i) * R + r]
-                more += (sums[r] + row_products(tile, x, SHARE, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weight,)
-            sums = more
+            found = row_sums(tiles[step * INNER + i], x, R, SHARE, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
+            sums = add_weighted(sums, found, weight, KEPT)
     if SHARED:
         for i in tl.static_range(INNER):
             scales = act_scales + TOP_K * (F // 4 // SHARE)
             x = load_row(act_words + TOP_K * (F // 4), scales, i * NG + g, FG, SHARE_SHARED, GROUP, SUMS)
-            of_own = nothing()
-            for r in tl.static_range(OWN):
-                tile = shared[i * OWN + r]
-                of_own += (row_products(tile, x, SHARE_SHARED, BITS, GROUP, OFFSET, MIN_SIGN, SUB) * weights[TOP_K],)
-            more = nothing()
-            for r in tl.static_range(R):
-                more += (sums[r] + tl.where(which == r // OWN, of_own[r % OWN], 0.0),)
-            sums = more
-    total = before + sum_rows(sums, R, 1, NG * TOGETHER, 1)[0]
+            found = rows_of_one(shared[i], x, which, kept, R, OWN, SHARE_SHARED, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
+            sums = add_weighted(sums, found, weights[TOP_K], KEPT)
+    total = before + sum_rows(sums, KEPT, 1, S, NG * TOGETHER)[0]
     store_own(out + n, total, mine)
     if HANDED:
         THREADS: tl.constexpr = SIDE * TOGETHER * NG
-        hand_on(total, gain, start, thread, LANES, HANDED, THREADS, next_x, next_scale, squares, H)
+        SPAN: tl.constexpr = NG * TOGETHER * HANDED // R
+        hand_on(total, gain, n, mine, w * NG + g, SPAN, HANDED, THREADS, next_x, next_scale, squares, H)
 
 
 @triton.jit
