@@ -145,7 +145,7 @@ def max_lanes(x, FIRST: tl.constexpr, SPAN: tl.constexpr):
 @triton.constexpr_function
 def _share(writes: int, reads: int, size: int) -> str:
     lines = [
-        f".shared .align 16 .b32 shared_values[{size}];",
+        f".shared .align 16 .b32 shared_values[{-size % 4 + size}];",
         ".reg .pred p;",
         ".reg .b32 base, at;",
         "mov.u32 base, shared_values;",

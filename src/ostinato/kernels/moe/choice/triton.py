@@ -44,7 +44,7 @@ def _choice(padded: int, count: int, nth: bool) -> str:
     lists = padded // 32
     logits, number, place = (f"${i + (1 if nth else count)}" for i in range(3))
     lines = [
-        f".shared .align 16 .b32 found[{count}];",
+        f".shared .align 16 .b32 found[{-count % 4 + count}];",
         f".reg .b32 lane, last, t, key, k<{lists}>;",
         f".reg .pred p, in<{lists}>;",
         ".reg .b64 at;",
