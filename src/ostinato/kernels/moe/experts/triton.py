@@ -78,6 +78,12 @@ def store_rows(y, words, scales):
     tl.store(scales, largest * (1.0 / 127.0))
 
 
+@triton.constexpr_function
+def scales_before(count: int) -> int:
+    """Where the scales of the shared expert stand behind ``count`` others: they are loaded by four."""
+    return -(-count // 4) * 4
+
+
 @triton.jit
 def _gate_up_kernel(
     x_words, x_scales, roots, eps, logits, words, high, d, m, sub_d, sub_m, act, act_scales, E, K: tl.constexpr,
@@ -180,7 +186,7 @@ def _gate_up_kernel(
             column = tl.program_id(0) * SHARED + s
             inside = (thread < SHARED) & (column < F)
             store_own(act + TOP_K * F + column, int8_of(of_one, most), inside)
-            last = TOP_K * BLOCKS + tl.program_id(0)
+            last = scales_before(TOP_K * BLOCKS) + tl.program_id(0)
             store_own(act_scales + last + thread * 0, most * (1.0 / 127.0), inside & (thread == 0))
     at = (group * TOGETHER + pick) * BLOCKS + block
     store_own(act + at * ROWS + side * R + row_of(g, R, 1, NG), int8_of(value, largest), g < R)
@@ -322,7 +328,7 @@ def _down_kernel(
             sums = add_weighted(sums, found, weight, KEPT)
     if SHARED:
         for i in tl.static_range(INNER):
-            scales = act_scales + TOP_K * (F // 4 // SHARE)
+            scales = act_scales + scales_before(TOP_K * (F // 4 // SHARE))
             x = load_row(act_words + TOP_K * (F // 4), scales, i * NG + g, FG, SHARE_SHARED, GROUP, SUMS)
             found = rows_of_one(shared[i], x, which, kept, R, OWN, SHARE_SHARED, BITS, GROUP, SUPER, OFFSET, MIN_SIGN)
             sums = add_weighted(sums, found, weights[TOP_K], KEPT)
