@@ -38,57 +38,18 @@ def wait(PDL: tl.constexpr):
         gdc_wait()
 
 
-@triton.constexpr_function
-def _clocks(quads: int) -> str:
-    return " ".join(f"mov.u32 ${i}, %clock;" for i in range(4 * quads))
-
-
-@triton.constexpr_function
-def _keep(quads: int) -> str:
-    stores = " ".join(
-        f"@p st.global.v4.b32 [$1], {{{', '.join(f'${3 + 4 * i + part}' for part in range(4))}}};" for i in range(quads)
-    )
-    return f"{{ .reg .pred p; setp.eq.u32 p, $2, 0x7fffffff; {stores} @p exit; mov.u32 $0, 0; }}"
-
-
-@triton.constexpr_function
-def _registers(results: int, operands: int, pointer: bool) -> str:
-    return ",".join(["=r"] * results + ["l"] * pointer + ["r"] * operands)
-
-
-@triton.constexpr_function
-def _words(count: int) -> tuple[tl.dtype, ...]:
-    return (tl.int32,) * count
-
-
 @triton.jit
-def hold(QUADS: tl.constexpr):
-    """Four times QUADS registers of a thread that nobody needs, for ``fence``: 0 for none.
-
-    Programs of too many registers to share a multiprocessor go to one each, where the GPU would else put two.
-    """
-    if INTERPRETED or QUADS == 0:
-        return nothing()
-    else:
-        return tl.inline_asm_elementwise(
-            _clocks(QUADS), _registers(4 * QUADS, 0, False), [], dtype=_words(4 * QUADS), is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def fence(held, somewhere, QUADS: tl.constexpr):
+def fence():
     """Keeps what is loaded before it before what is computed behind it; ``wait`` does so too.
 
     The assembler would put each load next to its use, with few of them on their way at a time. It moves nothing over
-    an exit, even one that no program takes. held: of ``hold``, kept until here. somewhere: any pointer.
+    an exit, even one that no program takes.
     """
     if not INTERPRETED:
-        operands = nothing() + (somewhere, tl.program_id(0))  # noqa: RUF005
-        for i in tl.static_range(4 * QUADS):
-            operands += (held[i],)
         tl.inline_asm_elementwise(
-            _keep(QUADS), _registers(1, 1 + 4 * QUADS, True), operands, dtype=tl.int32, is_pure=False, pack=1
-        )
+            "{ .reg .pred p; setp.eq.u32 p, $1, 0x7fffffff; @p exit; mov.u32 $0, 0; }",
+            "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

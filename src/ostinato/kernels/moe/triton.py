@@ -11,7 +11,7 @@ import triton
 from ostinato.errors import KernelError
 from ostinato.kernels.block_linear.planes import kind_constants, pairs
 from ostinato.kernels.grouped_linear import grouped_linear
-from ostinato.kernels.launch import launch_options, num_multiprocessors
+from ostinato.kernels.launch import launch_options
 from ostinato.kernels.moe.experts.triton import (
     _combine_kernel,
     _down_kernel,
@@ -39,8 +39,7 @@ class MoeTiles:
     router_rows: experts a program. router_tokens: tokens a program. gate_rows: of F a program, 4, 8 or 16: they share a
     scale. down_rows: of H a thread. early: down loads before gate and up are done. together: picks side by side over
     the threads of down for one token, a divisor of its rows a thread and of the rows side by side. tokens: picks that
-    share a program. registers: most of a thread in products of lists, 0 for no limit; gate_registers: for
-    one token. gate_held: quads of them held so that two programs of gate and up do not share a multiprocessor.
+    share a program. registers: most of a thread in products of lists, 0 for no limit.
 
     integer: lists are multiplied on tensor cores, 128 of F a program, eight picks at a time (tokens is 8). Then
     gate_tiles, down_tiles: tiles of 16 rows a warp, the latter in down_warps. down_depth: groups of 128 columns that
@@ -58,8 +57,6 @@ class MoeTiles:
     together: int = 1
     tokens: int = 8
     registers: int = 0
-    gate_registers: int = 0
-    gate_held: int = 0
     integer: bool = False
     gate_tiles: int = 1
     down_tiles: int = 1
@@ -102,12 +99,10 @@ def default_tiles(m: int, hidden: int, width: int, kinds: tuple[str, str], hands
     if m == 1:
         together = 2 if width <= 512 else 1  # 32 lanes have a row
         warps = 8 if hands_down and width > 512 else 4  # 16 rows a program
-        gate, held = (4, max(1, min(4, hidden // 1024))), False
+        gate = 4, max(1, min(4, hidden // 1024))
         if kinds[0] in COARSE:  # few scales leave a thread room for more rows of gate and of up
-            gate = 16, 1 << max(0, min(3, (hidden // 256).bit_length() - 1))
-            held = kinds[0] == "I4_128" and gate[1] == 8 and hidden <= 2048  # 136 registers instead of 118
-        tiles = MoeTiles(4, 8, *gate, 2 * together, warps, together=together)
-        return replace(tiles, gate_held=5, gate_registers=136) if held else tiles
+            gate = 8, 1 << max(0, min(2, (hidden // 512).bit_length()))
+        return MoeTiles(4, 8, *gate, 2 * together, warps, together=together)
     if kinds == INTEGER and m >= MIN_INTEGER and width <= 2048:
         tiles = MoeTiles(8, 8, 8, wide, 8, 1, integer=True, down_tiles=4, down_registers=255)
         if m <= 16:
@@ -203,11 +198,10 @@ def moe_block(
     out = torch.empty_like(h)
     if tokens == 1:
         cut = one_token(t, hidden, width, top_k, has_shared)
-        alone = cut.programs <= num_multiprocessors(device)
         _gate_up_kernel[(cut.programs,)](
             *x, eps, logits, *gate_planes, act[0].view(torch.int8), act[1], num_experts, hidden, width, *gate_constants,
             padded, top_k, t.gate_rows // cut.side, cut.side, cut.together, cut.groups, cut.shared, parts_of_squares,
-            t.gate_held if alone else 0, num_warps=t.gate_warps, **options, **_limit(t.gate_registers if alone else 0),
+            num_warps=t.gate_warps, **options,
         )  # fmt: skip
         down_groups = min(32, triton.next_power_of_2(width // 32))
         together = min(t.together, 32 // down_groups)  # a row's sum over picks stays in one warp

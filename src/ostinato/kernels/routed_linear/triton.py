@@ -43,7 +43,7 @@ class RoutedTiles:
 def default_tiles(k: int) -> RoutedTiles:
     """Tiles by rule, from measurements at K = 4096."""
     groups = min(32, triton.next_power_of_2(k // 32))
-    return RoutedTiles(HANDED, groups, max(1, groups // 4), 4)
+    return RoutedTiles(HANDED, groups, max(1, groups // 8), 4)
 
 
 @triton.jit

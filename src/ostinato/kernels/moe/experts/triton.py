@@ -33,7 +33,7 @@ from ostinato.kernels.block_linear.rounded.triton import (
 from ostinato.kernels.lanes.triton import max_lanes, row_of, share, sum_lanes, sum_rows
 from ostinato.kernels.moe.choice.triton import nth_largest
 from ostinato.kernels.moe.route.triton import choose_all, load_fresh, load_squares, root_of, sum_both
-from ostinato.kernels.triton import fence, gate_times_up, hold, load_float, nothing, store_own, trigger, wait
+from ostinato.kernels.triton import fence, gate_times_up, load_float, nothing, store_own, trigger, wait
 
 
 @triton.jit
@@ -89,15 +89,13 @@ def _gate_up_kernel(
     x_words, x_scales, roots, eps, logits, words, high, d, m, sub_d, sub_m, act, act_scales, E, K: tl.constexpr,
     F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr,
     MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr,
-    TOGETHER: tl.constexpr, NG: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr,
-    PDL: tl.constexpr,
+    TOGETHER: tl.constexpr, NG: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) * up of one token, as int8 [TOP_K + shared, F]: R * SIDE of F values of TOGETHER picks a program.
 
     SHARED: values of the shared expert a program, half as many as rows side by side or more; 0 without one. Its weights
     are loaded before the choice of the others is known. Programs have a multiprocessor each, if the GPU has so many:
-    with one program a pick and some rows they went where there was room, up to eight to one. HELD: quads of registers
-    held for that.
+    with one program a pick and some rows they went where there was room, up to eight to one.
 
     PARTS: 0 where ``roots`` is 1 / the row's root mean square; else the parts there of its sum of squares.
 
@@ -130,7 +128,6 @@ def _gate_up_kernel(
                 )
     wait(PDL)
     trigger(PDL)
-    held = hold(HELD)
     xs = nothing()  # before the choice: behind the weights they would be the last to come
     for step in tl.static_range(STEPS):
         xs += (load_unsummed(x_words, x_scales, step * NG + g, KG, 4),)
@@ -143,7 +140,7 @@ def _gate_up_kernel(
         for i in tl.static_range(2):
             row = block * ROWS + side * R + i * F
             tiles += (load_rows(planes, row, 2 * F - 1, step * NG + g, R, KG, BITS, GROUP, SUPER, MIN),)
-    fence(held, act_scales, HELD)
+    fence()
     root = mean_root(roots, g, eps, K, PARTS, NG) if PARTS > 0 else tl.load(roots)
     S: tl.constexpr = sharers(GROUP, SUPER)
     KEPT: tl.constexpr = max(1, R // S)
