@@ -1,0 +1,1 @@
+"""Decode attention of short rows: a program for every 16 positions, one warp a query head."""
