@@ -213,14 +213,14 @@ def store_own(pointer, value, inside):
 
 @triton.jit
 def store_quad(pointer, a, b, c, d, inside):
-    """Four adjacent values, int32, float32 or bfloat16 in memory, by the thread that has them; aligned to all four."""
+    """Four adjacent values, float32 or bfloat16 in memory, by the thread that has them; aligned to all four."""
     kind: tl.constexpr = pointer.dtype.element_ty
     if INTERPRETED:
         tl.store(pointer, a.to(kind), mask=inside)
         tl.store(pointer + 1, b.to(kind), mask=inside)
         tl.store(pointer + 2, c.to(kind), mask=inside)
         tl.store(pointer + 3, d.to(kind), mask=inside)
-    elif kind == tl.float32 or kind == tl.int32:
+    elif kind == tl.float32:
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }",
             "=r,l,r,r,r,r,r",

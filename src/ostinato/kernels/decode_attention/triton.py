@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from ostinato.kernels.decode_attention.join.triton import NO_SCORE, _join_kernel, extent, sigmoid_at
-from ostinato.kernels.decode_attention.short import triton as short
 from ostinato.kernels.decode_attention.tiling import Tiling, choose_tiling
 from ostinato.kernels.launch import launch_options, num_multiprocessors
 from ostinato.kernels.rope.triton import from_fp8, from_fp8_pairs, operand_kind, quantize_fp8, raw_cache, rotation
@@ -337,15 +336,11 @@ def fused_decode_attention(
     length = page_table.shape[1] * page_size
     if window:
         length = min(length, window + 64)
-    apart = False
     if tiling is None:
         tiling = choose_tiling(batch, num_kv_heads, dim, length, num_multiprocessors(device), k_cache.element_size())
-        apart = tiling.block == short.BLOCK and short.takes(
-            qkv, inv_freq, k_cache, q_norm, k_norm, group, softcap, rounded
-        )
     padded_dim = max(16, triton.next_power_of_2(dim))
     padded_group = triton.next_power_of_2(group)
-    splits = tiling.splits + apart
+    splits = tiling.splits
     out = torch.empty((batch, num_heads * dim), dtype=torch.int8 if rounded else qkv.dtype, device=device)
     shape = (batch, num_heads * dim // 32) if rounded else (0,)
     scale_of_out = torch.empty(shape, dtype=torch.float32, device=device)
@@ -358,57 +353,48 @@ def fused_decode_attention(
         "D": dim, "DP": padded_dim, "BLOCK": tiling.block, "SPLITS": splits, "WINDOW": window, "FUSED": fused,
         "PREFETCH": prefetch, "GATED": gated, "ROUNDED": rounded,
     }  # fmt: skip
-    if apart:
-        assert inv_freq is not None, "the short kernel appends"
-        assert q_norm is not None, "the short kernel norms"
-        assert k_norm is not None, "the short kernel norms"
-        short.launch(
-            qkv, partial, stats, inv_freq, positions, slots, page_table, k_cache, v_cache, q_norm, k_norm, rope_scale,
-            eps, scale * LOG2_E, window, gated, prefetch, options,
-        )  # fmt: skip
-    else:
-        _decode_kernel[(splits, num_kv_heads, batch)](
-            qkv,
-            out,
-            partial,
-            stats,
-            unused if inv_freq is None else inv_freq,
-            positions,
-            slots,
-            page_table,
-            raw_cache(k_cache),
-            v_cache.view(torch.int16) if k_scale is not None else v_cache,
-            unused if k_scale is None else k_scale,
-            unused if v_scale is None else v_scale,
-            unused if q_norm is None else q_norm,
-            unused if k_norm is None else k_norm,
-            rope_scale,
-            eps,
-            scale if softcap else scale * LOG2_E,
-            softcap,
-            page_table.shape[1],
-            HKV=num_kv_heads,
-            G=group,
-            GS=padded_group,
-            GP=max(16, padded_group),
-            R=0 if inv_freq is None else 2 * inv_freq.shape[0],
-            PAGE=page_size,
-            Q_NORM=q_norm is not None,
-            K_NORM=k_norm is not None,
-            SOFTCAP=softcap != 0.0,
-            FP8=k_scale is not None,
-            KIND=operand_kind(qkv.dtype, k_cache.dtype),
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-            **cut,
-            **options,
-        )
+    _decode_kernel[(splits, num_kv_heads, batch)](
+        qkv,
+        out,
+        partial,
+        stats,
+        unused if inv_freq is None else inv_freq,
+        positions,
+        slots,
+        page_table,
+        raw_cache(k_cache),
+        v_cache.view(torch.int16) if k_scale is not None else v_cache,
+        unused if k_scale is None else k_scale,
+        unused if v_scale is None else v_scale,
+        unused if q_norm is None else q_norm,
+        unused if k_norm is None else k_norm,
+        rope_scale,
+        eps,
+        scale if softcap else scale * LOG2_E,
+        softcap,
+        page_table.shape[1],
+        HKV=num_kv_heads,
+        G=group,
+        GS=padded_group,
+        GP=max(16, padded_group),
+        R=0 if inv_freq is None else 2 * inv_freq.shape[0],
+        PAGE=page_size,
+        Q_NORM=q_norm is not None,
+        K_NORM=k_norm is not None,
+        SOFTCAP=softcap != 0.0,
+        FP8=k_scale is not None,
+        KIND=operand_kind(qkv.dtype, k_cache.dtype),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        **cut,
+        **options,
+    )
     if rounded or splits > 1:
         columns = min(padded_dim, max(32, tiling.columns) if rounded else tiling.columns)
         warps = 2 if splits > _CHUNK and columns <= 32 else 1
         chunk = min(triton.next_power_of_2(splits), warps * _CHUNK)
         _join_kernel[(triton.cdiv(dim, columns), num_heads, batch)](
             out, qkv, partial, stats, positions, scale_of_out, HQ=num_heads, WIDTH=qkv.shape[-1], COLUMNS=columns,
-            CHUNK=chunk, APART=apart, num_warps=warps, **cut, **options,
+            CHUNK=chunk, num_warps=warps, **cut, **options,
         )  # fmt: skip
     return out, scale_of_out

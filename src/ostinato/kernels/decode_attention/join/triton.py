@@ -50,7 +50,6 @@ def _join_kernel(
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     FUSED: tl.constexpr,
-    APART: tl.constexpr,
     PREFETCH: tl.constexpr,
     GATED: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -59,8 +58,7 @@ def _join_kernel(
     """Join COLUMNS columns of the partial results of one query head; one warp, or two where there are many.
 
     The gates stand in the last HQ heads of the WIDTH elements of a row of q. ROUNDED: to int8, with a scale for every
-    32 columns; rows without a position get zeros. APART: the new position has a partial result of its own, behind the
-    others.
+    32 columns; rows without a position get zeros.
     """
     trigger(PDL)
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -68,9 +66,7 @@ def _join_kernel(
     if not PREFETCH:
         wait(PDL)
     position = tl.load(positions + tl.program_id(2))
-    _, _, _, tiles, active = extent(position, BLOCK, SPLITS, WINDOW, FUSED)
-    if APART:
-        active = tiles + 1
+    _, _, _, _, active = extent(position, BLOCK, SPLITS, WINDOW, FUSED)
     if ROUNDED:
         active = tl.where(position >= 0, active, 0)
     if PREFETCH:
