@@ -40,10 +40,11 @@ class RoutedTiles:
     routes: int
 
 
-def default_tiles(k: int) -> RoutedTiles:
-    """Tiles by rule, from measurements at K = 4096."""
+def default_tiles(n: int, k: int) -> RoutedTiles:
+    """Tiles by rule, from measurements at N = 2048, K = 4096: no more programs than multiprocessors, if rows allow it."""
     groups = min(32, triton.next_power_of_2(k // 32))
-    return RoutedTiles(HANDED, groups, max(1, groups // 8), 4)
+    rows = 2 * HANDED if n >= 2048 else HANDED
+    return RoutedTiles(rows, groups, max(1, groups // 4), 8)
 
 
 @triton.jit
@@ -196,7 +197,7 @@ def routed_linear(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the kernel; arguments and results as the op's, and ``tiles`` in place of the rule's."""
     n, k, routes, device = words.shape[0], x.shape[1], router.shape[0], x.device
-    t = default_tiles(k) if tiles is None else tiles
+    t = default_tiles(n, k) if tiles is None else tiles
     lanes = min(32, t.groups)
     width = t.warps * 32 // lanes
     assert t.rows % HANDED == 0, "a program rounds whole groups of columns"

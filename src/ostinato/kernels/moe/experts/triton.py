@@ -255,7 +255,6 @@ def _down_kernel(
     HANDED: columns of which out * next_norm is stored as int8 with one scale, beside the sum of out² over them, so that
     the next product needs no kernel for its norm; 0 for none. PARTS: as in ``_gate_up_kernel``.
     """
-    trigger(PDL)
     FG: tl.constexpr = F // 32
     INNER: tl.constexpr = (FG + NG - 1) // NG
     MIN: tl.constexpr = MIN_SIGN != 0
@@ -271,6 +270,7 @@ def _down_kernel(
         wait(PDL)
     root = root_of(load_squares(roots, PARTS), eps, K, PARTS) if PARTS > 0 else 1.0
     experts, weights = choose_all(logits, root, E, EP, TOP_K, NORMALIZE, SHARED, GATED)
+    trigger(PDL)  # not before: the next kernel's weights would be on their way ahead of these experts'
     tiles = nothing()
     for step in tl.static_range(STEPS):
         if TOGETHER == 1:
