@@ -26,7 +26,7 @@ def nothing():
 
 @triton.jit
 def trigger(PDL: tl.constexpr):
-    """Let the next kernel of the stream start: the first statement of every kernel."""
+    """Let the next kernel of the stream start: the first statement of a kernel that has no reason to wait with it."""
     if PDL:
         gdc_launch_dependents()
 

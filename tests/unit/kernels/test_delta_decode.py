@@ -8,6 +8,7 @@ from ostinato.kernels.block_linear.eights import from_eights
 from ostinato.kernels.delta.decode.triton import Tiling, choose
 from ostinato.kernels.delta.decode.triton import delta_decode as launch
 from ostinato.kernels.delta.ref import delta_decode_ref
+from ostinato.kernels.delta.token.triton import takes
 from ostinato.kernels.rms_norm.ref import rms_norm_ref
 
 from .deltas import arguments, copied, distance, int32, with_past
@@ -78,6 +79,53 @@ def test_gates_that_are_there_already(parts: int, device: torch.device) -> None:
     given = with_past(arguments(1, value_dim=128), [5])
     compare(given, device, form="rounded", given_gates=True, tiling=Tiling(parts, 1))
     compare(with_past(arguments(3), [4, 0, 7]), device, given_gates=True)
+    wide = with_past(arguments(1, value_dim=160), [3])  # too wide for one token's own kernel
+    compare(wide, device, form="rounded", given_gates=True, prefetch=True)
+
+
+@pytest.mark.parametrize("key_dim", [16, 20, 24, 64, 128, 160])
+@pytest.mark.parametrize("value_dim", [32, 64, 96, 128])
+def test_one_token_of_given_gates(key_dim: int, value_dim: int, device: torch.device, poisoned: None) -> None:
+    """One warp and several, some without keys; programs of a head that has fewer columns than they have."""
+    assert takes(key_dim, value_dim, "rounded")
+    for tiled, position in ((False, 5), (True, 1)):
+        given = with_past(arguments(1, key_dim=key_dim, value_dim=value_dim), [position])
+        compare(given, device, tiled=tiled, form="rounded", given_gates=True, prefetch=True)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_positions_of_one_token(position: int, tiled: bool, device: torch.device) -> None:
+    """Six value heads of two key heads; the first tokens have an empty convolution and state."""
+    given = with_past(arguments(1, 2, 6, 24, 64, dtype=torch.bfloat16), [position])
+    compare(given, device, tiled=tiled, form="rounded", given_gates=True, prefetch=True)
+    given = with_past(arguments(1, 2, 6, 40, 32, width=3), [position])
+    compare(given, device, tiled=tiled, form="rounded", given_gates=True)
+
+
+def test_one_token_of_each_row(device: torch.device) -> None:
+    """Rows that do not run leave their states, and rows need not stand in the order of their slots."""
+    given = with_past(arguments(3, key_dim=40, value_dim=64), [5, 0, 2])
+    compare(given, device, active=int32(1, 0, 1), form="rounded", given_gates=True, prefetch=True)
+    compare(given, device, active=int32(0, 1, 0), form="rounded", given_gates=True)
+    moved = given | {"slots": int32(2, 0, 1), "positions": int32(2, 5, 0)}
+    compare(moved, device, form="rounded", given_gates=True, prefetch=True)
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(24, 64), (128, 32)])
+def test_one_token_and_a_bfloat16_state(key_dim: int, value_dim: int, device: torch.device) -> None:
+    given = arguments(1, key_dim=key_dim, value_dim=value_dim, dtype=torch.bfloat16, state_dtype=torch.bfloat16)
+    # as in test_bfloat16_state
+    compare(with_past(given, [5]), device, form="rounded", given_gates=True, prefetch=True, state_tolerance=6e-3)
+
+
+def test_heads_that_one_token_has_no_kernel_for() -> None:
+    """More keys than the threads of a program, more columns than sums of squares, and results of other forms."""
+    assert takes(512, 128, "rounded")
+    assert not takes(513, 128, "rounded")
+    assert not takes(128, 160, "rounded")
+    assert not takes(128, 128, "plain")
+    assert not takes(128, 128, "eights")
 
 
 @pytest.mark.parametrize("tiled", [False, True])

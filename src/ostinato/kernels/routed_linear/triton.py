@@ -41,7 +41,7 @@ class RoutedTiles:
 
 
 def default_tiles(n: int, k: int) -> RoutedTiles:
-    """Tiles by rule, from measurements at N = 2048, K = 4096: no more programs than multiprocessors, if rows allow it."""
+    """Tiles by rule, from measurements at N = 2048, K = 4096: fewer programs than multiprocessors."""
     groups = min(32, triton.next_power_of_2(k // 32))
     rows = 2 * HANDED if n >= 2048 else HANDED
     return RoutedTiles(rows, groups, max(1, groups // 4), 8)
