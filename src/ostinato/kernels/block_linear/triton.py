@@ -190,16 +190,17 @@ def _rounded(
     (tokens, n), parts = out.shape, squares.shape[2] if squares is not None else 0
     lanes = min(32, tiles.groups)
     width = tiles.warps * 32 // lanes
-    assert tiles.rows % width == 0, f"{tiles} leaves threads without a row"
-    assert tiles.rows // width <= lanes, f"{tiles} has more rows than lanes for their sums"
-    programs = triton.cdiv(n, tiles.rows)
+    rows = max(tiles.rows, width)  # no thread without a row
+    assert rows % width == 0, f"{tiles} leaves threads without a row"
+    assert rows // width <= lanes, f"{tiles} has more rows than lanes for their sums"
+    programs = triton.cdiv(n, rows)
     # One kernel for products with and without rows beside them: two would not stay in the instruction cache.
     may_have = tokens == 1 and squares is not None and residual is None
     _rounded_kernel[(programs + (triton.cdiv(beside[2].shape[0], tiles.warps) if beside is not None else 0), tokens)](
         x, scale, squares if squares is not None else scale, eps, *planes,
         residual if residual is not None else out, out, *(beside or (scale, scale, out, scale)),
         beside[2].shape[0] if beside is not None else 0, n, k,
-        *constants, tiles.rows // width, width, lanes, parts, residual is not None, may_have,
+        *constants, rows // width, width, lanes, parts, residual is not None, may_have,
         num_warps=tiles.warps, **launch_options(out.device),
     )  # fmt: skip
 
