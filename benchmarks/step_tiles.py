@@ -105,6 +105,9 @@ def products(model: Qwen35ForCausalLM) -> Iterator[BlockWeight]:
 def product_tiles(columns: int, rows: int) -> list[Tiles]:
     """Candidates for ``rows`` rows of x: W streamed for few, tensor cores for more."""
     most = 1 << (rows - 1).bit_length()
+    if rows == 1:  # a row of W in 32 lanes, one to 16 of them a warp
+        cuts = product((8, 16, 32, 64, 128), (1, 2, 4, 8, 16))
+        return [Tiles("streamed", r, 32, 1, warps) for r, warps in cuts if r % warps == 0 and r // warps <= 16]
     if rows <= 4:
         groups = 1 << (columns // 32 - 1).bit_length()
         return [
@@ -137,7 +140,7 @@ def expert_fields(rows: int, integer: bool) -> list[list[Fields]]:
 
     router = every(router_rows=(2, 4, 8), router_warps=(4, 8), router_tokens=(1,) if rows == 1 else (1, 2, 4))
     if rows == 1:
-        gates = ((4, 2), (8, 1), (8, 2), (8, 4), (16, 4))
+        gates = ((4, 2), (4, 4), (8, 2), (8, 4), (8, 8), (16, 4), (16, 8))
         gate = [{"gate_rows": r, "gate_warps": warps} for r, warps in gates]
         down = [{"down_rows": r, "down_warps": 4, "together": t} for r, t in ((4, 2), (8, 4))]
     elif integer:
@@ -166,15 +169,15 @@ def attention_tilings(room: int) -> list[attention.Tiling]:
     if room > LONG:
         cuts = ((32, 128, 4, 2, 32), (32, 128, 4, 2), (16, 128, 4, 2, 32), (32, 66, 8, 2, 32), (64, 128, 4, 2, 32))
         return [attention.Tiling(*cut) for cut in cuts]
-    return [attention.Tiling(block, -(-room // block), warps, 1) for block, warps in product((16, 32, 64), (4, 8))]
+    cuts = product((16, 32, 64), (4, 8), (32, 64))
+    return [attention.Tiling(block, -(-room // block), warps, 1, columns) for block, warps, columns in cuts]
 
 
 def routed_tiles() -> list[routed.RoutedTiles]:
     """Candidates for the output product that does the router's work."""
     return [
-        routed.RoutedTiles(rows, groups, warps, routes)
-        for rows, groups, warps, routes in product((16, 32), (32, 64, 128), (4, 8), (2, 4))
-        if rows % max(1, warps * 32 // groups) == 0
+        routed.RoutedTiles(rows, 32, warps, routes)
+        for rows, warps, routes in product((16, 32, 64), (4, 8, 16), (2, 4, 8, 16))
     ]
 
 
@@ -184,9 +187,8 @@ def axes_of(model: Qwen35ForCausalLM, table: dict[str, Tiles], rows: int, room: 
     if rows == 1 and any(layer.routing is not None for layer in model.layers):
         found.insert(0, of_rule("output product that routes", routed, "default_tiles", routed_tiles()))
     mixers = [layer.mixer for layer in model.layers]
-    if any(isinstance(mixer, DeltaNet) for mixer in mixers):
-        shared = ((4, 2), (4, 4), (2, 4), (2, 2)) if rows == 1 else ((1, 4), (1, 8))
-        found.append(of_rule("delta rule", delta, "choose", [delta.Tiling(*cut) for cut in shared]))
+    if rows > 1 and any(isinstance(mixer, DeltaNet) for mixer in mixers):  # one row has a kernel without a choice
+        found.append(of_rule("delta rule", delta, "choose", [delta.Tiling(1, warps) for warps in (4, 8)]))
     found += expert_axes(model, rows)
     if any(isinstance(mixer, Attention) for mixer in mixers):
         found.append(of_rule("attention", attention, "choose_tiling", attention_tilings(room)))
