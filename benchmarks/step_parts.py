@@ -26,7 +26,7 @@ from ostinato.layers.batch import Batch
 from ostinato.layers.delta_net import DeltaNet
 from ostinato.layers.linear import RoundedRow, RoutedRow, weight_bytes
 from ostinato.load.random import RandomCheckpoint
-from ostinato.models.qwen3_5 import handed_norm
+from ostinato.models.qwen3_5 import handed_norm, norm_and_product
 
 REPLAYS = 30
 
@@ -84,9 +84,9 @@ def main() -> None:
     deltas = [(layer, layer.mixer, c) for layer, c in layers if isinstance(layer.mixer, DeltaNet)]
     attentions = [(layer, layer.mixer, c) for layer, c in layers if isinstance(layer.mixer, Attention)]
     experts = [layer.mlp for layer in model.layers]
-    following = (*model.layers[1:], None)
-    blocks = [(mlp, handed_norm(mlp, after, batch)) for mlp, after in zip(experts, following, strict=True)]
-    row = blocks[0][0](h, act, blocks[0][1])[1]
+    behind = [*map(norm_and_product, model.layers[1:]), (model.norm, model.head)]
+    blocks = [(mlp, handed_norm(mlp, after, batch)) for mlp, after in zip(experts, behind, strict=True)]
+    row, last_row = (mlp(h, act, after)[1] for mlp, after in (blocks[0], blocks[-1]))
     norm = "norm + " if row is None else ""  # else the experts before it have done that
     routed: RoutedRow | None = None  # what spares the experts their router
     kv_bytes = rows * args.context * (loaded.budget.kv_bytes_per_token // max(len(attentions), 1))
@@ -105,23 +105,26 @@ def main() -> None:
     if deltas:
         layer, first, cache = deltas[0]
 
-        def project(net: DeltaNet) -> torch.Tensor:
+        def project(net: DeltaNet) -> tuple[torch.Tensor, torch.Tensor | None]:
             if row is None:
-                return net.in_proj(h, norm=net.norm, out_dtype=act)
-            return net.in_proj.of_rounded(row, out_dtype=act)
+                return net.in_proj(h, norm=net.norm, out_dtype=act), None
+            return net.in_proj.of_rounded_beside(row, h, net.norm.weight, net.beta_alpha, out_dtype=act)
 
-        qkvz = project(first)
-        ruled = first.rule(qkvz, h, batch, cache)
+        qkvz, gates = project(first)
+        ruled = first.rule(qkvz, h, batch, cache, gates)
         routed = layer.output(ruled, h)[1]
         state = 2 * rows * sum(t[0].numel() * t.element_size() for t in cache.tensors())
         show(
-            f"delta: {norm}input projection",
+            f"delta: {norm}input projection{'' if gates is None else ' + gates'}",
             len(deltas),
-            first.in_proj.num_bytes,
+            first.in_proj.num_bytes + (0 if gates is None else weight_bytes(first.beta_alpha)),
             each(deltas, lambda d: project(d[1])),
         )
         show(
-            "delta: conv, rule, gated norm", len(deltas), state, each(deltas, lambda d: d[1].rule(qkvz, h, batch, d[2]))
+            "delta: conv, rule, gated norm",
+            len(deltas),
+            state,
+            each(deltas, lambda d: d[1].rule(qkvz, h, batch, d[2], gates)),
         )
         show(
             f"delta: output + residual{'' if routed is None else ' + router'}",
@@ -140,8 +143,9 @@ def main() -> None:
         width = first_a.num_heads * first_a.spec.head_dim
         z = torch.randn(rows, width, dtype=act, device=device)
         weight = first_a.out.block_weight
-        attended = RoundedRow(*quantize_rows(z), None, 0.0) if weight is not None and prefers_int8(weight, rows) else z
-
+        routes = layer_a.routing is not None and rows == 1
+        rounds = weight is not None and (routes or prefers_int8(weight, rows))
+        attended = RoundedRow(*quantize_rows(z), None, 0.0) if rounds else z
         routed = layer_a.output(attended, h)[1]
 
         def queries(net: Attention) -> torch.Tensor:
@@ -165,7 +169,7 @@ def main() -> None:
             "attention: whole mixer",
             len(attentions),
             kv_bytes,
-            each(attentions, lambda a: a[0].output(a[1].mix(h, batch, a[2], act, row), h)),
+            each(attentions, lambda a: a[0].output(a[1].mix(h, batch, a[2], act, row, routes), h)),
         )
     show(
         "experts: all of the block" if routed is None else "experts: all but the router",
@@ -173,13 +177,14 @@ def main() -> None:
         experts[0].expected_bytes(rows) - (0 if routed is None else weight_bytes(experts[0].router)),
         each(blocks, lambda b: b[0](h, act, b[1], routed)),
     )
-    show(
-        "norm + lm_head",
-        1,
-        model.head.num_bytes,
-        lambda: model.head(h, norm=model.norm, out_dtype=torch.float32),
-    )
-    logits = model.head(h, norm=model.norm, out_dtype=torch.float32)
+
+    def head() -> torch.Tensor:
+        if last_row is None:
+            return model.head(h, norm=model.norm, out_dtype=torch.float32)
+        return model.head.of_rounded(last_row, out_dtype=torch.float32)
+
+    show("norm + lm_head" if last_row is None else "lm_head", 1, model.head.num_bytes, head)
+    logits = head()
     show("sampler", 1, 0, lambda: runner.sampler.step(logits))
     show("the forward pass", 1, model.bytes_per_step(rows), lambda: model.forward(batch, runner.kv.layers))
     b = runner.buffers

@@ -3,10 +3,16 @@
 import pytest
 import torch
 
-from ostinato.kernels.block_linear import block_linear, int8_linear
-from ostinato.kernels.block_linear.ref import block_linear_int8_ref, block_linear_ref, int8_linear_ref
+from ostinato.kernels.block_linear import block_linear, int8_linear, int8_linear_beside
+from ostinato.kernels.block_linear.ref import (
+    block_linear_int8_ref,
+    block_linear_ref,
+    int8_linear_beside_ref,
+    int8_linear_ref,
+)
 from ostinato.kernels.block_linear.triton import takes_wide
 from ostinato.kernels.embed import embed
+from ostinato.kernels.moe.ref import hand_down_ref
 from ostinato.kernels.registry import load
 from ostinato.kernels.tuning import Tiles
 from ostinato.quant.blocks import KINDS, dequantize
@@ -85,6 +91,30 @@ def test_rows_that_are_int8_already(kind, n, k, m):
         assert found.dtype == dtype
         expected = int8_linear_ref(x, scale, weight, squares, 1e-5, added, torch.float32)
         assert relative(found, expected) < bound
+
+
+@pytest.mark.parametrize(("kind", "n", "k", "rows"), [("I4_128", 12288, 2048, 64), ("Q4_K", 1001, 4096, 33)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_of_floats_beside_those_of_a_weight(kind, n, k, rows, dtype):
+    """Every element, a hundred times over, whatever the memory held before."""
+    weight = random_weight(kind, n, k, CUDA)
+    h, norm = torch.randn(1, k, device=CUDA) * 3, torch.rand(k, device=CUDA) + 0.5
+    beside = (torch.randn(rows, k, device=CUDA) * k**-0.5).to(dtype)
+    x, scale, squares = hand_down_ref(h, norm)
+    given = {"squares": squares, "eps": 1e-6, "h": h, "norm": norm, "beside": beside, "out_dtype": torch.float32}
+    found = int8_linear_beside(x, scale, weight, **given)
+    expected = int8_linear_beside_ref(x, scale, weight, *given.values())
+    # float32: sums of K products, and a root that the GPU approximates to 2**-22
+    assert relative(found[0], expected[0]) < 1e-5
+    assert relative(found[1], expected[1]) < 1e-5
+    for _ in range(100):
+        torch.full((n + rows,), torch.nan, device=CUDA)
+        again = int8_linear_beside(x, scale, weight, **given)
+        assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+    half, logits = int8_linear_beside(x, scale, weight, **given | {"out_dtype": torch.bfloat16})
+    assert half.dtype == torch.bfloat16
+    assert relative(half, expected[0]) < 4e-3
+    assert relative(logits, expected[1]) < 1e-5
 
 
 OURS = [kind for kind in KINDS if takes_wide(KINDS[kind])]  # up to 64 rows of them multiply in int8

@@ -18,7 +18,7 @@ from ostinato.layers.linear import Linear, Norm, RoundedRow, Target, Weight
 from ostinato.layers.moe import MoE
 from ostinato.load.quantizing import QuantizingCheckpoint
 from ostinato.models import qwen3_5
-from ostinato.models.qwen3_5 import Qwen35ForCausalLM
+from ostinato.models.qwen3_5 import Qwen35ForCausalLM, norm_and_product
 from ostinato.models.registry import family_of
 from ostinato.quant.blocks import BlockWeight
 from ostinato.quant.plan import Scheme
@@ -89,49 +89,62 @@ def test_handed_rows_change_the_logits_by_their_rounding(
 ) -> None:
     """The largest of 16 normal numbers is about two deviations, so int8 errs by 2/127/sqrt(12), 0.5 % of a deviation.
 
-    Two rows are handed on in three layers, and every layer behind one can double an error; a wrong norm is seen.
+    Each of three layers hands a row on, the last one to the output layer, and every layer behind a row can double its
+    error: four, two and one times 0.5 %. A wrong norm is seen, before a layer or before the output layer.
     """
     model = model_of(name, tmp_path)
     found = steps(model)
-    assert len(handed) == 2 * len(IDS)
+    assert len(handed) == 3 * len(IDS)
     assert all(row.x.dtype == torch.int8 and row.scale.shape == (1, 4) for row in handed)
     with monkeypatch.context() as patch:
         patch.setattr(qwen3_5, "handed_norm", lambda *_: None)
         expected = steps(model)
-    assert len(handed) == 2 * len(IDS)
-    assert 0 < apart(found, expected) < 2 * 4 * 0.005
-    with monkeypatch.context() as patch:
-        norms = {id(layer.mlp): layer.mixer.norm for layer in model.layers}  # the layer's own, not the next one's
-        patch.setattr(qwen3_5, "handed_norm", lambda mlp, following, _: norms[id(mlp)] if following else None)
-        assert apart(steps(model), expected) > 2 * 2 * 4 * 0.005
+    assert len(handed) == 3 * len(IDS)
+    bound = (4 + 2 + 1) * 0.005
+    assert 0 < apart(found, expected) < bound
+    norms = {id(layer.mlp): layer.mixer.norm for layer in model.layers}  # the layer's own, not that which follows
+    for at_the_end in (False, True):
+
+        def wrong(mlp: MoE, following: tuple[Norm, Linear], _: Batch, at_the_end: bool = at_the_end) -> Norm:
+            return norms[id(mlp)] if (following[1] is model.head) == at_the_end else following[0]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(qwen3_5, "handed_norm", wrong)
+            assert apart(steps(model), expected) > 2 * bound
 
 
 def test_who_hands_a_row_on(tmp_path: Path) -> None:
     model = model_of("moe", tmp_path / "moe")
-    first, second = model.layers[0], model.layers[1]
+    first, second, last = model.layers
     assert isinstance(first.mlp, MoE)
+    assert isinstance(last.mlp, MoE)
 
-    def norm_for(mlp: MoE, following: Any, rows: int = 1, *, decode: bool = True, is_cuda: bool = True) -> Norm | None:
+    def norm_for(
+        mlp: MoE, following: tuple[Norm, Linear], rows: int = 1, *, decode: bool = True, is_cuda: bool = True
+    ) -> Norm | None:
         tokens = SimpleNamespace(is_cuda=is_cuda, shape=(rows,))
         return qwen3_5.handed_norm(mlp, following, SimpleNamespace(tokens=tokens, decode=decode))  # type: ignore[arg-type]  # a stand-in
 
-    assert norm_for(first.mlp, second) is second.mixer.norm
-    assert norm_for(first.mlp, None) is None
-    assert norm_for(first.mlp, second, 2) is None
-    assert norm_for(first.mlp, second, decode=False) is None
-    assert norm_for(first.mlp, second, is_cuda=False) is None
+    behind = norm_and_product(second)
+    assert norm_for(first.mlp, behind) is second.mixer.norm
+    assert norm_for(second.mlp, norm_and_product(last)) is last.mixer.norm
+    assert norm_for(last.mlp, (model.norm, model.head)) is model.norm
+    assert norm_for(last.mlp, (model.norm, Linear((torch.zeros(model.head.parts[0].shape),)))) is None
+    assert norm_for(first.mlp, behind, 2) is None
+    assert norm_for(first.mlp, behind, decode=False) is None
+    assert norm_for(first.mlp, behind, is_cuda=False) is None
     assert isinstance(second.mixer, Attention)
     qkv = second.mixer.qkv
     dense = replace(second.mixer, qkv=Linear((torch.zeros(qkv.parts[0].shape),)))
-    assert norm_for(first.mlp, replace(second, mixer=dense)) is None
+    assert norm_for(first.mlp, norm_and_product(replace(second, mixer=dense))) is None
     biased = replace(second.mixer, qkv=Linear(qkv.parts, torch.zeros(qkv.parts[0].shape[0])))
-    assert norm_for(first.mlp, replace(second, mixer=biased)) is None
+    assert norm_for(first.mlp, norm_and_product(replace(second, mixer=biased))) is None
     apart_from_others = model_of("moe-wide-shared", tmp_path / "wide").layers[0].mlp
     assert isinstance(apart_from_others, MoE)
-    assert norm_for(apart_from_others, second) is None
+    assert norm_for(apart_from_others, behind) is None
 
 
 def test_a_dense_layer_between_hands_nothing_on(tmp_path: Path, handed: list[RoundedRow]) -> None:
-    """Of next-some-dense's three layers the second has no experts, and the third is the last."""
+    """Of next-some-dense's three layers the second has no experts; the third hands its row to the output layer."""
     steps(model_of("next-some-dense", tmp_path))
-    assert len(handed) == len(IDS)
+    assert len(handed) == 2 * len(IDS)
