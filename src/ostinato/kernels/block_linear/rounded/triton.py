@@ -3,7 +3,7 @@
 Tensors are [1, R, W, NG], as in ``_streamed_kernel``: a thread holds whole groups of 32 columns, 16 bytes of a weight
 a load. ``load_row`` and ``row_products`` take a scale for 4, 8, 16 or 32 columns. For one token they are R tensors
 [1, 1, W, NG], one element a thread, whose sums ``kernels.lanes`` makes without a barrier. Where two or four lanes share
-a group of 64 or 128 columns, they add their integers first and share out the rows: then each has the scales of its own
+a group of 64 or 128 columns, they add their products first and share out the rows: then each has the scales of its own
 rows to load and to apply, and of no other.
 """
 

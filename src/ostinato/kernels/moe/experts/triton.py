@@ -4,8 +4,8 @@ Tensors are [1, R, W, NG], as in block_linear's streamed kernel: a thread holds 
 a weight a load. Inputs are int8: words of four columns, and a float32 scale for SHARE of them. A scale for each word
 would be more exact, but an instruction for every four weights counts: SHARE is 4 for x, R / 4 for what down reads.
 
-For one token the kernels choose the experts themselves, each warp for itself: that costs less than a kernel between the
-router and them. ``_gate_up_kernel`` and ``_gate_up_list_kernel`` let the next kernel start only after their own wait:
+For one token the kernels choose the experts themselves, in the first warp of each program: that costs less than a kernel
+between the router and them. ``_gate_up_kernel`` and ``_gate_up_list_kernel`` let the next kernel start only after their own wait:
 so what was written before them is there when the kernel for down starts, and that one reads the choice and the weights
 of its experts while gate and up are still multiplied.
 """
@@ -94,8 +94,7 @@ def _gate_up_kernel(
     """silu(gate) * up of one token, as int8 [TOP_K + shared, F]: R * SIDE of F values of TOGETHER picks a program.
 
     SHARED: values of the shared expert a program, half as many as rows side by side or more; 0 without one. Its weights
-    are loaded before the choice of the others is known. Programs have a multiprocessor each, if the GPU has so many:
-    with one program a pick and some rows they went where there was room, up to eight to one.
+    are loaded before the choice of the others is known.
 
     PARTS: 0 where ``roots`` is 1 / the row's root mean square; else the parts there of its sum of squares.
 
