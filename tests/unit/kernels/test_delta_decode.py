@@ -94,19 +94,19 @@ def test_one_token_of_given_gates(key_dim: int, value_dim: int, device: torch.de
     compare(given, device, form="rounded", given_gates=True, prefetch=True)
 
 
-@pytest.mark.parametrize("position", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("position", [0, 1, 5])
 @pytest.mark.parametrize("tiled", [False, True])
 def test_positions_of_one_token(position: int, tiled: bool, device: torch.device) -> None:
     """Six value heads of two key heads; the first tokens have an empty convolution and state."""
     given = with_past(arguments(1, 2, 6, 24, 64, dtype=torch.bfloat16), [position])
     compare(given, device, tiled=tiled, form="rounded", given_gates=True, prefetch=True)
-    given = with_past(arguments(1, 2, 6, 40, 32, width=3), [position])
+    given = with_past(arguments(1, 2, 4, 40, 32, width=3), [position])
     compare(given, device, tiled=tiled, form="rounded", given_gates=True)
 
 
 def test_one_token_of_each_row(device: torch.device) -> None:
     """Rows that do not run leave their states, and rows need not stand in the order of their slots."""
-    given = with_past(arguments(3, key_dim=40, value_dim=64), [5, 0, 2])
+    given = with_past(arguments(3, 1, 2, 24, 64), [5, 0, 2])
     compare(given, device, active=int32(1, 0, 1), form="rounded", given_gates=True, prefetch=True)
     compare(given, device, active=int32(0, 1, 0), form="rounded", given_gates=True)
     moved = given | {"slots": int32(2, 0, 1), "positions": int32(2, 5, 0)}
