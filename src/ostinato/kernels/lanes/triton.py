@@ -181,18 +181,16 @@ def share(written, places, WRITES: tl.constexpr, READS: tl.constexpr, SIZE: tl.c
     places to read at, at least two. A place is a number below SIZE, int32; no two threads write at one.
     """
     if INTERPRETED:
+        PLACES: tl.constexpr = triton.next_power_of_2(SIZE)
+        shared = tl.zeros((PLACES,), tl.float32)
+        for i in tl.static_range(WRITES):
+            at = tl.reshape(tl.where(written[3 * i + 2], written[3 * i + 1], -1), (written[3 * i].numel, 1))
+            value = tl.reshape(written[3 * i], (written[3 * i].numel, 1))
+            shared += tl.sum(tl.where(at == tl.arange(0, PLACES)[None, :], value, 0.0), 0)
         found = nothing()
         for i in tl.static_range(READS):
-            found += (tl.zeros(places[i].shape, tl.float32),)
-        for place in tl.static_range(SIZE):
-            value = tl.zeros((), tl.float32)
-            for i in tl.static_range(WRITES):
-                here = written[3 * i + 2] & (written[3 * i + 1] == place)
-                value += tl.sum(tl.reshape(tl.where(here, written[3 * i], 0.0), (written[3 * i].numel,)), 0)
-            chosen = nothing()
-            for i in tl.static_range(READS):
-                chosen += (tl.where(places[i] == place, value, found[i]),)
-            found = chosen
+            at = tl.reshape(places[i], (places[i].numel,))
+            found += (tl.reshape(tl.gather(shared, at, 0), places[i].shape),)
         return found
     else:
         operands = nothing()

@@ -195,7 +195,7 @@ def _token_kernel(
 
 def takes(key_dim: int, value_dim: int, form: str) -> bool:
     """Whether the kernel is made for heads of these sizes and a result of this form."""
-    return form == "rounded" and key_dim <= 512 and value_dim <= PARTS * COLUMNS
+    return form == "rounded" and key_dim <= 256 and value_dim <= PARTS * COLUMNS
 
 
 def delta_token(
