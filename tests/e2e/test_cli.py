@@ -150,6 +150,7 @@ def test_a_conversation_on_a_terminal(chat: _Terminal) -> None:
     chat.type("/reset\n")
     chat.wait_for("new conversation")
     chat.wait_for("> ")
+    time.sleep(0.5)  # between its prompt and its read, Python's input() keeps a Ctrl-C until the next line
     chat.process.send_signal(signal.SIGINT)  # at the prompt it ends nothing
     chat.wait_for("> ")
     chat.type("/exit\n")
