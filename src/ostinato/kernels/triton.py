@@ -142,11 +142,7 @@ def load_word(pointer, inside):
         found = tl.load(pointer, mask=inside, other=0)
         return found.to(tl.float32 if found.dtype == tl.float16 else tl.int32)
     elif pointer.dtype.element_ty == tl.float16:
-        half = tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b16 $0, 0; @p ld.global.b16 $0, [$1]; }",
-            "=&h,l,r", [pointer, inside.to(tl.int32)], dtype=tl.int16, is_pure=False, pack=1,
-        )  # fmt: skip
-        return half.to(tl.float16, bitcast=True).to(tl.float32)
+        return load_float(pointer, inside)
     elif pointer.dtype.element_ty == tl.int8:
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.s8 $0, [$1]; }",
@@ -240,6 +236,13 @@ def store_quad(pointer, a, b, c, d, inside):
             ],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def int8_of(x, largest):
+    """x, of at most ``largest``, as int8 with the scale ``largest`` / 127: in the lowest byte of an int32."""
+    # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
+    return (x * (127.0 / tl.maximum(largest, 1e-30)) + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit

@@ -193,14 +193,13 @@ def _rounded(
     rows = max(tiles.rows, width)  # no thread without a row
     assert rows % width == 0, f"{tiles} leaves threads without a row"
     assert rows // width <= lanes, f"{tiles} has more rows than lanes for their sums"
-    programs = triton.cdiv(n, rows)
+    count = 0 if beside is None else beside[2].shape[0]
     # One kernel for products with and without rows beside them: two would not stay in the instruction cache.
     may_have = tokens == 1 and squares is not None and residual is None
-    _rounded_kernel[(programs + (triton.cdiv(beside[2].shape[0], tiles.warps) if beside is not None else 0), tokens)](
+    _rounded_kernel[(triton.cdiv(n, rows) + triton.cdiv(count, tiles.warps), tokens)](
         x, scale, squares if squares is not None else scale, eps, *planes,
         residual if residual is not None else out, out, *(beside or (scale, scale, out, scale)),
-        beside[2].shape[0] if beside is not None else 0, n, k,
-        *constants, rows // width, width, lanes, parts, residual is not None, may_have,
+        count, n, k, *constants, rows // width, width, lanes, parts, residual is not None, may_have,
         num_warps=tiles.warps, **launch_options(out.device),
     )  # fmt: skip
 

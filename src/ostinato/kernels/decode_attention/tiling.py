@@ -46,8 +46,9 @@ def _wide(programs: int, dim: int, max_length: int, multiprocessors: int, elemen
     fp8 = element_size == 1
     whole = max(16, min(64, (32 << 10) // (element_size << (dim - 1).bit_length())))
     block = whole if fp8 else max(16, whole // 2)
-    if not fp8 and programs * -(-max_length // 16) <= multiprocessors:
-        return Tiling(16, -(-max_length // 16), 8, 1, 32)
+    tiles = -(-max_length // 16)
+    if not fp8 and programs * tiles <= multiprocessors:
+        return Tiling(16, tiles, 8, 1, 32)
     for size, warps in ((block, 4 if fp8 else 8), (whole, 4)):
         tiles = -(-max_length // size)
         if tiles <= 128 and programs * tiles <= 2 * multiprocessors:

@@ -28,27 +28,23 @@ def _of_pairs(x, MASK: tl.constexpr, MAXIMUM: tl.constexpr):
 
 
 @triton.jit
+def _with_other(x, MASK: tl.constexpr, OP: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        f"{{ .reg .f32 t; shfl.sync.bfly.b32 t, $1, {MASK}, 31, 0xffffffff; {OP}.f32 $0, $1, t; }}",
+        "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def add_across(x, MASK: tl.constexpr):
     """x, float32, plus that of the lane whose number differs by MASK."""
-    if INTERPRETED:
-        return _of_pairs(x, MASK, False)
-    else:
-        return tl.inline_asm_elementwise(
-            f"{{ .reg .f32 t; shfl.sync.bfly.b32 t, $1, {MASK}, 31, 0xffffffff; add.f32 $0, $1, t; }}",
-            "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1,
-        )  # fmt: skip
+    return _of_pairs(x, MASK, False) if INTERPRETED else _with_other(x, MASK, "add")
 
 
 @triton.jit
 def max_across(x, MASK: tl.constexpr):
     """The larger of x, float32, and that of the lane whose number differs by MASK."""
-    if INTERPRETED:
-        return _of_pairs(x, MASK, True)
-    else:
-        return tl.inline_asm_elementwise(
-            f"{{ .reg .f32 t; shfl.sync.bfly.b32 t, $1, {MASK}, 31, 0xffffffff; max.f32 $0, $1, t; }}",
-            "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1,
-        )  # fmt: skip
+    return _of_pairs(x, MASK, True) if INTERPRETED else _with_other(x, MASK, "max")
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from ostinato.kernels.lanes.triton import max_lanes, row_of, share, sum_lanes, s
 from ostinato.kernels.triton import (
     INTERPRETED,
     dp4a,
+    int8_of,
     load_float,
     load_floats,
     load_words,
@@ -94,9 +95,7 @@ def store_handed(row, gain, group, x, scale, squares, N):
     column = group[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
     normed = row * gain
     largest = tl.max(tl.abs(normed), 1)
-    # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
-    shifted = normed * (127.0 / tl.maximum(largest, 1e-30))[:, None] + 12582912.0
-    rounded = shifted.to(tl.int32, bitcast=True)
+    rounded = int8_of(normed, largest[:, None])
     tl.store(x + column, ((rounded << 24) >> 24).to(tl.int8), mask=column < N)
     tl.store(scale + group, largest * (1.0 / 127.0), mask=group < N // SHARE)
     tl.store(squares + group, tl.sum(row * row, 1), mask=group < N // SHARE)
@@ -132,9 +131,7 @@ def hand_on(
         for i in tl.static_range(1, MEET):
             largest = tl.maximum(largest, found[i])
             square += found[MEET + i]
-    # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
-    rounded = (normed * (127.0 / tl.maximum(largest, 1e-30)) + 12582912.0).to(tl.int32, bitcast=True)
-    store_own(x + column, rounded, mine)
+    store_own(x + column, int8_of(normed, largest), mine)
     leads = mine & (column % SHARE == 0)
     store_own(scale + column // SHARE, largest * (1.0 / 127.0), leads)
     store_own(squares + column // SHARE, square, leads)

@@ -16,7 +16,7 @@ from ostinato.kernels.delta.ref import L2_EPS, PARTS
 from ostinato.kernels.delta.triton import sigmoid, silu, softplus
 from ostinato.kernels.lanes.triton import max_lanes, of_lane, row_of, share, sum_lanes, sum_rows
 from ostinato.kernels.launch import launch_options
-from ostinato.kernels.triton import load_float, load_floats, nothing, store_own, store_quad, trigger, wait
+from ostinato.kernels.triton import int8_of, load_float, load_floats, nothing, store_own, store_quad, trigger, wait
 
 COLUMNS = 32  # of a program: as many as share a scale
 
@@ -168,12 +168,10 @@ def _token_kernel(
     gated = o * gain * silu(z)
     largest = max_lanes(tl.abs(gated), 1, 32)
     square = sum_lanes(o * o, 1, 32)
-    # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
-    rounded = (gated * (127.0 / tl.maximum(largest, 1e-30)) + 12582912.0).to(tl.int32, bitcast=True)
     of_row = row.to(tl.int64) * HV + head
     writes = in_v & (warp == 0)
     one = (warp == 0) & (lane == 0)
-    store_own(y + of_row * DV + own, rounded, writes)
+    store_own(y + of_row * DV + own, int8_of(gated, largest), writes)
     store_own(scale_of_y + of_row * (DV // 32) + part + lane * 0, largest * (1.0 / 127.0), one & (part < DV // 32))
     OWN: tl.constexpr = SLOTS_OF_SQUARES // SHARERS
     for i in tl.static_range(OWN):

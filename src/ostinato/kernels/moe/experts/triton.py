@@ -32,8 +32,8 @@ from ostinato.kernels.block_linear.rounded.triton import (
 )
 from ostinato.kernels.lanes.triton import max_lanes, row_of, share, sum_lanes, sum_rows
 from ostinato.kernels.moe.choice.triton import nth_largest
-from ostinato.kernels.moe.route.triton import choose_all, load_fresh, load_squares, root_of, sum_both
-from ostinato.kernels.triton import fence, gate_times_up, load_float, nothing, store_own, trigger, wait
+from ostinato.kernels.moe.route.triton import choose_all, fresh_root, load_fresh, sum_both
+from ostinato.kernels.triton import fence, gate_times_up, int8_of, load_float, nothing, store_own, trigger, wait
 
 
 @triton.jit
@@ -57,24 +57,12 @@ def load_expert(
 
 
 @triton.jit
-def int8_of(y, largest):
-    """y as integers of the scale ``largest`` / 127, in the lowest byte of an int32."""
-    # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
-    return (y * (127.0 / tl.maximum(largest, 1e-30)) + 12582912.0).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def store_rows(y, words, scales):
-    """[G, R] values as R / 4 words of int8 and one scale a group. words, scales: pointers [G] to a group's."""
-    G: tl.constexpr = y.shape[0]
-    R: tl.constexpr = y.shape[1]
-    four = tl.reshape(y, (G, R // 4, 4))
-    largest = tl.max(tl.max(tl.abs(four), 2), 1)
-    inverse = (127.0 / tl.maximum(largest, 1e-30))[:, None, None]
-    # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
-    rounded = (four * inverse + 12582912.0).to(tl.int32, bitcast=True)
-    bytes_ = (rounded & 255) << (8 * tl.arange(0, 4)[None, None, :])
-    tl.store(words[:, None] + tl.arange(0, R // 4)[None, :], tl.sum(bytes_, 2))
+def store_row(y, words, scales, R: tl.constexpr):
+    """R values as R / 4 words of int8 and their scale."""
+    four = tl.reshape(y, (R // 4, 4))
+    largest = tl.max(tl.max(tl.abs(four), 1), 0)
+    bytes_ = (int8_of(four, largest) & 255) << (8 * tl.arange(0, 4)[None, :])
+    tl.store(words + tl.arange(0, R // 4), tl.sum(bytes_, 1))
     tl.store(scales, largest * (1.0 / 127.0))
 
 
@@ -267,7 +255,7 @@ def _down_kernel(
     own = start + w // TOGETHER * R  # the first of a thread's rows
     if not EARLY:
         wait(PDL)
-    root = root_of(load_squares(roots, PARTS), eps, K, PARTS) if PARTS > 0 else 1.0
+    root = fresh_root(roots, eps, K, PARTS) if PARTS > 0 else 1.0
     experts, weights = choose_all(logits, root, E, EP, TOP_K, NORMALIZE, SHARED, GATED)
     trigger(PDL)  # not before: the next kernel's weights would be on their way ahead of these experts'
     tiles = nothing()
@@ -397,9 +385,8 @@ def _gate_up_list_kernel(
                 row_products(twin, x, 4, BITS, GROUP, OFFSET, MIN_SIGN, SUB),
                 3,
             )
-            at = row * (F // R) + tl.program_id(0) + tl.arange(0, 1)
-            act = tl.reshape(gate_times_up(gate * root, up * root, "silu"), (1, R))
-            store_rows(act, act_words + at * (R // 4), act_scales + at)
+            at = row * (F // R) + tl.program_id(0)
+            store_row(gate_times_up(gate * root, up * root, "silu"), act_words + at * (R // 4), act_scales + at, R)
             row = ahead
             ahead = next_ahead
             root = next_root

@@ -30,19 +30,11 @@ def load_fresh(pointer):
 
 
 @triton.jit
-def load_squares(roots, PARTS: tl.constexpr):
-    """What ``root_of`` makes the root of: it as it stands there, or PARTS parts of a sum of squares."""
-    if PARTS == 0:
-        return tl.load(roots)
-    else:
-        part = tl.arange(0, triton.next_power_of_2(PARTS))
-        return tl.where(part < PARTS, load_fresh(roots + tl.minimum(part, PARTS - 1)), 0.0)
-
-
-@triton.jit
-def root_of(squares, eps, K: tl.constexpr, PARTS: tl.constexpr):
-    """1 / the root mean square of a row of K, from ``load_squares``."""
-    return squares if PARTS == 0 else tl.rsqrt(tl.sum(squares, 0) / K + eps)
+def fresh_root(squares, eps, K: tl.constexpr, PARTS: tl.constexpr):
+    """``mean_root`` of block_linear, for a kernel that may start before the one behind the squares' maker is done."""
+    part = tl.arange(0, triton.next_power_of_2(PARTS))
+    square = tl.where(part < PARTS, load_fresh(squares + tl.minimum(part, PARTS - 1)), 0.0)
+    return tl.rsqrt(tl.sum(square, 0) / K + eps)
 
 
 @triton.jit
