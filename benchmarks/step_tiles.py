@@ -167,10 +167,11 @@ def expert_axes(model: Qwen35ForCausalLM, rows: int) -> Iterator[Axis]:
 
 def attention_tilings(room: int) -> list[attention.Tiling]:
     if room > LONG:
-        cuts = ((32, 128, 4, 2, 32), (32, 128, 4, 2), (16, 128, 4, 2, 32), (32, 66, 8, 2, 32), (64, 128, 4, 2, 32))
-        return [attention.Tiling(*cut) for cut in cuts]
-    cuts = product((16, 32, 64), (4, 8), (32, 64))
-    return [attention.Tiling(block, -(-room // block), warps, 1, columns) for block, warps, columns in cuts]
+        cuts = ((32, 128, 4, 2, 32), (32, 126, 4, 3, 32), (16, 128, 4, 2, 32), (64, 128, 4, 2, 32), (64, 128, 4, 2, 64))
+        found = [attention.Tiling(*cut, own=own) for cut in cuts for own in (False, True)]
+        return [*found, attention.Tiling(64, 128, 4, 2, 32, own=True, first=32)]
+    cuts = product((16, 32, 64), (4, 8), (32, 64), (False, True))
+    return [attention.Tiling(block, -(-room // block), warps, 1, columns, own) for block, warps, columns, own in cuts]
 
 
 def routed_tiles() -> list[routed.RoutedTiles]:

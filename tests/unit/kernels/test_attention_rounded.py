@@ -46,12 +46,12 @@ def assert_rounds(got: tuple[torch.Tensor, torch.Tensor], expected: torch.Tensor
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("splits", "columns"), [(1, 64), (2, 16), (70, 32)])
+@pytest.mark.parametrize(("splits", "columns", "own"), [(1, 64, False), (2, 16, False), (2, 64, True), (70, 32, True)])
 @pytest.mark.parametrize("position", ["random", 0, 16, 44])
 @pytest.mark.parametrize(("scaled", "gated"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_rounds_what_the_reference_attends(
-    case: dict, scaled: bool, gated: bool, position: object, splits: int, columns: int, device: torch.device
+    case: dict, scaled: bool, gated: bool, position: object, splits: int, columns: int, own: bool, device: torch.device
 ) -> None:
     """With one program at work, some or all; with fewer programs than tiles, and so many that two warps join them.
 
@@ -62,7 +62,7 @@ def test_kernel_rounds_what_the_reference_attends(
         given["positions"].fill_(position)
     again, again_scales = copied(given), copied(scales)
     expected, _ = fused_decode_attention_ref(*again.values(), 0.2, 0, 0.0, *again_scales.values(), gated)
-    cut = Tiling(16, splits, 4, 1, columns)
+    cut = Tiling(16, splits, 4, 1, columns, own)
     got = kernel(*given.values(), 0.2, 0, 0.0, True, *scales.values(), gated, True, cut)
     # Without FP8: sums of up to 45 products of numbers of size one, some 50 units of 2^-24. With it a key that falls to
     # another step of its format, 2^-3 of one of D numbers, moves its score a little.
@@ -80,16 +80,16 @@ def test_kernel_with_a_window_or_a_cap(attended: tuple, device: torch.device) ->
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("splits", "own"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("idle", [[1], [0, 1, 2]], ids=str)
-def test_a_row_without_a_position_is_left_out(idle: list[int], splits: int, device: torch.device) -> None:
+def test_a_row_without_a_position_is_left_out(idle: list[int], splits: int, own: bool, device: torch.device) -> None:
     """Its zeros come from no number of its own; no other row and nothing in the cache changes for it."""
     given, _ = cases(CASES[1], device, scaled=False, gated=True)
     given["positions"][idle] = -1
     given["qkv"][idle] = torch.nan
     others = [row for row in range(3) if row not in idle]
     again, before = copied(given), copied(given)
-    got = kernel(*given.values(), 0.2, 0, 0.0, True, gated=True, rounded=True, tiling=Tiling(16, splits, 4, 1))
+    got = kernel(*given.values(), 0.2, 0, 0.0, True, gated=True, rounded=True, tiling=Tiling(16, splits, 4, 1, own=own))
     public = fused_decode_attention(**again, scale=0.2, gated=True, rounded=True)
     alone = before | {name: before[name][others] for name in ("qkv", "positions", "slots")}
     for x, scale in (got, public):

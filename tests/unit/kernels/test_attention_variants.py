@@ -164,10 +164,11 @@ def test_decode_kernel_equals_reference_over_fp8(splits: int, attended: tuple, d
 
 
 @pytest.mark.parametrize("position", ["random", 0, 15, 16, 33])
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize(("scaled", "gated"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fused_kernel_equals_reference(
-    case: dict, scaled: bool, gated: bool, position: object, device: torch.device
+    case: dict, scaled: bool, gated: bool, own: bool, position: object, device: torch.device
 ) -> None:
     case = case | {"max_position": 34}
     given, scales = fp8(inputs(device, **case, gated=gated), filled=True)
@@ -177,7 +178,8 @@ def test_fused_kernel_equals_reference(
         given["positions"].fill_(position)
     again, again_scales = copied(given), copied(scales)
     expected, _ = fused_decode_attention_ref(*again.values(), 0.2, 0, 0.0, *again_scales.values(), gated)
-    got, _ = fused_kernel(*given.values(), 0.2, 0, 0.0, True, *scales.values(), gated, tiling=Tiling(16, 2, 4, 1))
+    cut = Tiling(16, 2, 4, 1, own=own)
+    got, _ = fused_kernel(*given.values(), 0.2, 0, 0.0, True, *scales.values(), gated, tiling=cut)
     if scaled:
         same_caches(given, scales, again, again_scales)
         # A key that falls to another step of its format, 2^-3 of one of D numbers, moves its score a little.

@@ -61,12 +61,17 @@ def test_reference_equals_arithmetic_in_float64(shape: dict, attended: dict, dev
 
 
 @pytest.mark.parametrize("attended", ATTENDED, ids=str)
-@pytest.mark.parametrize("tiling", [(16, 1), (16, 2), (8, 6)], ids=str)
+@pytest.mark.parametrize(("block", "splits", "first"), [(16, 1, 0), (16, 2, 0), (8, 6, 0), (16, 2, 8), (16, 4, 4)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernel_equals_reference(shape: dict, tiling: tuple, attended: dict, device: torch.device) -> None:
+def test_kernel_equals_reference(
+    shape: dict, block: int, splits: int, first: int, attended: dict, device: torch.device
+) -> None:
+    """With first tiles that are smaller, too, which a window may leave without a position."""
     given = cached(device, **shape)
-    block = max(tiling[0], 16) if device.type == "cuda" else tiling[0]  # what tl.dot takes at least
-    got = kernel(*given.values(), 0.3, *attended.values(), False, tiling=Tiling(block, tiling[1], 4, 1))
+    if device.type == "cuda":  # what tl.dot takes at least
+        block, first = (16, 0) if first == 0 else (16 * block // first, 16)
+    cut = Tiling(block, splits, 4, 1, first=first)
+    got = kernel(*given.values(), 0.3, *attended.values(), False, tiling=cut)
     torch.testing.assert_close(got, decode_attention_ref(*given.values(), 0.3, **attended), **FLOAT32)
 
 
@@ -79,9 +84,12 @@ FUSED = [
 
 
 @pytest.mark.parametrize("positions", ["random", 0, 1, 8, 15, 16, 17, 32, 44])
-@pytest.mark.parametrize("block", [8, 16])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("block", "first"), [(8, 0), (16, 0), (16, 8)])
 @pytest.mark.parametrize("case", FUSED, ids=str)
-def test_fused_kernel_equals_reference(case: dict, block: int, positions: object, device: torch.device) -> None:
+def test_fused_kernel_equals_reference(
+    case: dict, block: int, first: int, own: bool, positions: object, device: torch.device
+) -> None:
     """At every border of a page, a tile and a round of splits; the cache ends up the same, V bit for bit."""
     given = inputs(device, **case)
     if positions != "random":
@@ -92,7 +100,9 @@ def test_fused_kernel_equals_reference(case: dict, block: int, positions: object
     softcap = 2.0 if case["dim"] == 16 else 0.0
     again = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
     expected, _ = fused_decode_attention_ref(*again.values(), 0.2, window, softcap)
-    cut = Tiling(16 if device.type == "cuda" else block, 2, 4, 1)
+    if device.type == "cuda":
+        block, first = (16, 0) if first == 0 else (32, 16)
+    cut = Tiling(block, 2, 4, 1, own=own, first=first)
     got, _ = fused_kernel(*given.values(), 0.2, window, softcap, True, tiling=cut)
     torch.testing.assert_close(got, expected, **FLOAT32)
     torch.testing.assert_close(given["k_cache"], again["k_cache"], rtol=0, atol=1e-5)
@@ -106,8 +116,8 @@ def test_fused_kernel_never_reads_what_the_slot_does_not_hold(device: torch.devi
         given["positions"].fill_(position)
         held = cached(device, [position - 1], 6, 2, 32, pages=4)
         given |= {name: held[name] for name in ("k_cache", "v_cache", "page_table", "slots")}
-        for splits in (1, 3):
-            got, _ = fused_kernel(*given.values(), 0.2, 0, 0.0, False, tiling=Tiling(16, splits, 4, 1))
+        for splits, own in ((1, False), (3, False), (3, True), (1, True)):
+            got, _ = fused_kernel(*given.values(), 0.2, 0, 0.0, False, tiling=Tiling(16, splits, 4, 1, own=own))
             assert got.isfinite().all()
 
 
@@ -138,8 +148,14 @@ def test_every_size_has_a_tiling(element_size: int) -> None:
 def test_long_caches_of_wide_heads_fill_the_gpu_in_one_round(batch: int, fp8: bool) -> None:
     """At 128K, more than three quarters of the programs that can run at once, and none more."""
     at_once = 132 * 2
-    programs = 2 * batch * choose_tiling(batch, 2, 256, 131072, 132, 1 if fp8 else 2).splits
+    tiling = choose_tiling(batch, 2, 256, 131072, 132, 1 if fp8 else 2)
+    programs = 2 * batch * (tiling.splits + tiling.own)
     assert 0.75 * at_once < programs <= at_once
+
+
+def test_first_tiles_fill_whole_ones() -> None:
+    with pytest.raises(ValueError, match="3 first tiles of 8 positions do not fill tiles of 16"):
+        Tiling(16, 3, 4, 1, first=8)
 
 
 @pytest.mark.parametrize(

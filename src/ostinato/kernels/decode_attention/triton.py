@@ -43,6 +43,29 @@ def _tile_rows(pages, head, first, HKV: tl.constexpr, PAGE: tl.constexpr, BLOCK:
 
 
 @triton.jit
+def _tile(
+    k_cache, v_cache, k_scale, v_scale, pages, head, first, start, stop, HKV: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Positions first … first + BLOCK - 1: keys, values, their scales, and which of them lie in start … stop - 1."""
+    places = _tile_rows(pages, head, first, HKV, PAGE, BLOCK)
+    n = first + tl.arange(0, BLOCK)
+    keep = (n >= start) & (n < stop)
+    d = tl.arange(0, DP)[None, :]
+    k = tl.load(k_cache + places[:, None] * D + d, mask=keep[:, None] & (d < D), other=0.0)
+    if FP8:  # values in pairs of neighbours, for _attend
+        pair = tl.arange(0, DP // 2)[None, :]
+        v = tl.load(v_cache + places[:, None] * (D // 2) + pair, mask=keep[:, None] & (pair < D // 2), other=0.0)
+        k_scales = tl.load(k_scale + places, mask=keep, other=0.0)
+        v_scales = tl.load(v_scale + places, mask=keep, other=0.0)
+    else:
+        v = tl.load(v_cache + places[:, None] * D + d, mask=keep[:, None] & (d < D), other=0.0)
+        k_scales = tl.zeros((BLOCK,), tl.float32)
+        v_scales = k_scales
+    return k, v, k_scales, v_scales, keep
+
+
+@triton.jit
 def _capped(scores, softcap, SOFTCAP: tl.constexpr):
     """Scores in units of log2, after the cap where there is one; with a cap they come in natural units."""
     if SOFTCAP:
@@ -60,17 +83,45 @@ def _norm_weights(norm, d, partner, D: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def _head_rows(
-    source, own_weight, partner_weight, eps, d, partner, cosine, sine, inside, D: tl.constexpr, NORM: tl.constexpr
-):
-    """Heads at ``source`` [H, 1] after norm and rotation, float32 [H, DP]; the rest of the tensors [1, DP]."""
-    x = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
+def _head_rows(x, y, own_weight, partner_weight, eps, cosine, sine, D: tl.constexpr, NORM: tl.constexpr):
+    """Heads x after norm and rotation, float32 [H, DP], y their elements' partners; the rest of the tensors [1, DP]."""
+    x, y = x.to(tl.float32), y.to(tl.float32)
     if NORM:
         inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
         x *= inverse * own_weight
         y *= inverse * partner_weight
     return x * cosine + y * sine
+
+
+@triton.jit
+def _append(
+    queries, k, v, place, k_cache, v_cache, k_scale, v_scale, scale, softcap, D: tl.constexpr, DP: tl.constexpr,
+    SOFTCAP: tl.constexpr, FP8: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Store the new token's key and value, float32 and as it came [1, DP], at ``place`` of the cache.
+
+    Returns its score under each of ``queries`` [GS, DP], and the value as it was stored with its scale.
+    """
+    d = tl.arange(0, DP)[None, :]
+    if FP8:
+        stored_k, new_k_scale = quantize_fp8(tl.where(d < D, k, 0.0))
+        stored_v, new_v_scale = quantize_fp8(v.to(tl.float32))
+        tl.store(k_scale + place + tl.arange(0, 1), new_k_scale)
+        tl.store(v_scale + place + tl.arange(0, 1), new_v_scale)
+        read_k = from_fp8(stored_k, tl.float32) * new_k_scale[:, None]
+        even, odd = tl.split(tl.reshape(stored_v, (1, DP // 2, 2)))
+        pair = tl.arange(0, DP // 2)[None, :]
+        both = even.to(tl.int16) | (odd.to(tl.int16) << 8)
+        tl.store(v_cache + place * (D // 2) + pair, both, mask=pair < D // 2)
+    else:
+        stored_k = k.to(KIND)
+        stored_v = v.to(KIND)
+        new_v_scale = tl.full((1,), 1.0, tl.float32)
+        read_k = stored_k.to(tl.float32)
+        tl.store(v_cache + place * D + d, stored_v, mask=d < D)
+    tl.store(k_cache + place * D + d, stored_k, mask=d < D)
+    score = _capped(tl.sum(queries.to(tl.float32) * read_k, 1) * scale, softcap, SOFTCAP)
+    return score, stored_v, new_v_scale
 
 
 @triton.jit
@@ -137,8 +188,10 @@ def _decode_kernel(
     DP: tl.constexpr,
     R: tl.constexpr,
     PAGE: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     WINDOW: tl.constexpr,
     FUSED: tl.constexpr,
     Q_NORM: tl.constexpr,
@@ -151,56 +204,77 @@ def _decode_kernel(
     KIND: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """q is qkv when FUSED. The G heads of a group are padded to GS, and repeated to the GP rows of a matrix product."""
+    """q is qkv when FUSED. The G heads of a group are padded to GS, and repeated to the GP rows of a matrix product.
+
+    PARTS: SPLITS, or one more where the new token has a program of its own, the first, whose result comes last.
+    """
     trigger(PDL)
-    split = tl.program_id(0)
+    OWN: tl.constexpr = PARTS > SPLITS
+    part = tl.program_id(0)
     head = tl.program_id(1)
     b = tl.program_id(2)
     if not PREFETCH:
         wait(PDL)
     position = tl.load(positions + b)
     row_pages = page_table + tl.load(slots + b) * pages_per_slot
-    start, stop, first, tiles, active = extent(position, BLOCK, SPLITS, WINDOW, FUSED)
+    start, stop, begin, parts = extent(position, FIRST, BLOCK, SPLITS, PARTS, WINDOW, FUSED)
     if ROUNDED:
-        active = tl.where(position >= 0, active, 0)
-    if split >= active:
+        parts = tl.where(position >= 0, parts, 0)
+    if part >= parts:
         return
     g = tl.arange(0, GS)[:, None]
     d = tl.arange(0, DP)[None, :]
-    # What v is loaded as: FP8 in pairs of neighbours, for _attend.
-    d_v = tl.arange(0, DP // 2)[None, :] if FP8 else d
-    D_V: tl.constexpr = D // 2 if FP8 else D
-    j = tl.arange(0, BLOCK)
-    n = (first + split) * BLOCK + j
-    begin = (first + split) * BLOCK
-    pages = _tile_pages(row_pages, begin, stop, PAGE, BLOCK)
-    places = _tile_rows(pages, head, begin, HKV, PAGE, BLOCK)
-    # A page number is read one tile ahead, so that the pipeline of the loop holds keys and values alone.
-    pages = _tile_pages(row_pages, begin + SPLITS * BLOCK, stop, PAGE, BLOCK)
-    keep = (n >= start) & (n < stop)
-    k = tl.load(k_cache + places[:, None] * D + d, mask=keep[:, None] & (d < D), other=0.0)
-    v = tl.load(v_cache + places[:, None] * D_V + d_v, mask=keep[:, None] & (d_v < D_V), other=0.0)
-    if FP8:
-        k_scales = tl.load(k_scale + places, mask=keep, other=0.0)
-        v_scales = tl.load(v_scale + places, mask=keep, other=0.0)
-    else:
-        k_scales = tl.zeros((BLOCK,), tl.float32)
-        v_scales = k_scales
+    inside = (g < G) & (d < D)
+    r = tl.arange(0, GP)
+    row = (b.to(tl.int64) * HKV + head) * G
     if FUSED:
         partner, cosine, sine = rotation(position, inv_freq, rope_scale, d, R)
         q_weight, q_partner = _norm_weights(q_norm, d, partner, D, Q_NORM)
-        k_weight, k_partner = _norm_weights(k_norm, d, partner, D, K_NORM)
+        heads = q + b.to(tl.int64) * ((G * (1 + GATED) + 2) * HKV * D)
+        source = heads + (head * G + g) * D
+        key = heads + (G * HKV + head) * D
+        value = key + HKV * D
+    if OWN:  # noqa: SIM102 (as below)
+        if part == 0:
+            k_weight, k_partner = _norm_weights(k_norm, d, partner, D, K_NORM)
+            page = tl.load(row_pages + position // PAGE).to(tl.int64)
+            place = (page * HKV + head) * PAGE + position % PAGE
+            if PREFETCH:
+                wait(PDL)
+            x = tl.load(source + d, mask=inside, other=0.0)
+            y = tl.load(source + partner, mask=inside, other=0.0)
+            new_k = tl.load(key + d, mask=d < D, other=0.0)
+            new_partner = tl.load(key + partner, mask=d < D, other=0.0)
+            new_v = tl.load(value + d, mask=d < D, other=0.0)
+            turned = _head_rows(new_k, new_partner, k_weight, k_partner, eps, cosine, sine, D, K_NORM)
+            queries = _head_rows(x, y, q_weight, q_partner, eps, cosine, sine, D, Q_NORM).to(KIND)
+            score, stored_v, new_v_scale = _append(
+                queries, turned, new_v, place, k_cache, v_cache, k_scale, v_scale, scale, softcap, D, DP, SOFTCAP,
+                FP8, KIND,
+            )  # fmt: skip
+            acc = (from_fp8(stored_v, tl.float32) * new_v_scale[:, None]) if FP8 else stored_v.to(tl.float32)
+            tl.store(partial + ((row + g) * PARTS + SPLITS) * DP + d, tl.broadcast_to(acc, (GS, DP)), mask=inside)
+            h = tl.arange(0, GS)
+            tl.store(stats + (row + h) * (2 * PARTS) + SPLITS, score, mask=h < G)  # its weight is one
+            return
+    split = part - OWN
+    begin += split * FIRST
+    later = begin + split * (BLOCK - FIRST) + SPLITS * FIRST  # behind the first tiles of all programs
+    pages = _tile_pages(row_pages, begin, stop, PAGE, FIRST)
+    # A page number is read one tile ahead, so that the pipeline of the loop holds keys and values alone.
+    later_pages = _tile_pages(row_pages, later, stop, PAGE, BLOCK)
+    k, v, k_scales, v_scales, keep = _tile(
+        k_cache, v_cache, k_scale, v_scale, pages, head, begin, start, stop, HKV, PAGE, FIRST, D, DP, FP8
+    )
     if PREFETCH:
         wait(PDL)
 
-    inside = (g < G) & (d < D)
     if FUSED:
-        heads = q + b.to(tl.int64) * ((G * (1 + GATED) + 2) * HKV * D)
-        queries = _head_rows(
-            heads + (head * G + g) * D, q_weight, q_partner, eps, d, partner, cosine, sine, inside, D, Q_NORM
-        )
+        x = tl.load(source + d, mask=inside, other=0.0)
+        y = tl.load(source + partner, mask=inside, other=0.0)
+        queries = _head_rows(x, y, q_weight, q_partner, eps, cosine, sine, D, Q_NORM)
     else:
-        queries = tl.load(q + ((b.to(tl.int64) * HKV + head) * G + g) * D + d, mask=inside, other=0.0)
+        queries = tl.load(q + (row + g) * D + d, mask=inside, other=0.0)
     rounded = queries.to(KIND)
     operand = tl.reshape(tl.broadcast_to(rounded[None, :, :], (GP // GS, GS, DP)), (GP, DP))
 
@@ -209,73 +283,55 @@ def _decode_kernel(
     acc = tl.zeros((GP, DP // 2 if FP8 else DP), tl.float32)
     acc_odd = tl.zeros((GP, DP // 2), tl.float32) if FP8 else acc  # a second accumulator for FP8 alone
     unit = tl.full((), 1e-30 if FP8 else 1.0, tl.float32)
-    if FUSED:  # noqa: SIM102 (the outer branch is taken by the compiler, the inner one by the program)
+    if FUSED and not OWN:  # noqa: SIM102 (the outer branch is taken by the compiler, the inner one by the program)
         if split == 0:
-            key = heads + (G * HKV + head) * D + tl.zeros((1, 1), tl.int32)
-            new_k = _head_rows(key, k_weight, k_partner, eps, d, partner, cosine, sine, d < D, D, K_NORM)
-            new_v = tl.load(key + HKV * D + d, mask=d < D, other=0.0)
+            k_weight, k_partner = _norm_weights(k_norm, d, partner, D, K_NORM)
             page = tl.load(row_pages + position // PAGE).to(tl.int64)
             place = (page * HKV + head) * PAGE + position % PAGE
-            if FP8:
-                stored_k, new_k_scale = quantize_fp8(tl.where(d < D, new_k, 0.0))
-                stored_v, new_v_scale = quantize_fp8(new_v.to(tl.float32))
-                tl.store(k_scale + place + tl.arange(0, 1), new_k_scale)
-                tl.store(v_scale + place + tl.arange(0, 1), new_v_scale)
-                unit = _raised(unit, new_v_scale)
-                read_k = from_fp8(stored_k, tl.float32) * new_k_scale[:, None]
-            else:
-                stored_k = new_k.to(KIND)
-                stored_v = new_v.to(KIND)
-                read_k = stored_k.to(tl.float32)
-            tl.store(k_cache + place * D + d, stored_k, mask=d < D)
-            if FP8:
-                even_v, odd_v = tl.split(tl.reshape(stored_v, (1, DP // 2, 2)))
-                pair = even_v.to(tl.int16) | (odd_v.to(tl.int16) << 8)
-                tl.store(v_cache + place * D_V + d_v, pair, mask=d_v < D_V)
-            else:
-                tl.store(v_cache + place * D + d, stored_v, mask=d < D)
-            score = _capped(tl.sum(rounded.to(tl.float32) * read_k, 1) * scale, softcap, SOFTCAP)
+            new_k = tl.load(key + d, mask=d < D, other=0.0)
+            new_partner = tl.load(key + partner, mask=d < D, other=0.0)
+            new_v = tl.load(value + d, mask=d < D, other=0.0)
+            turned = _head_rows(new_k, new_partner, k_weight, k_partner, eps, cosine, sine, D, K_NORM)
+            score, stored_v, new_v_scale = _append(
+                rounded, turned, new_v, place, k_cache, v_cache, k_scale, v_scale, scale, softcap, D, DP, SOFTCAP,
+                FP8, KIND,
+            )  # fmt: skip
             largest = tl.reshape(tl.broadcast_to(score[None, :], (GP // GS, GS)), (GP,))
             total = tl.full((GP,), 1.0, tl.float32)
             if FP8:
-                acc += from_fp8(even_v, tl.float32) * (new_v_scale / unit)[:, None]
-                acc_odd += from_fp8(odd_v, tl.float32) * (new_v_scale / unit)[:, None]
+                even, odd = tl.split(tl.reshape(stored_v, (1, DP // 2, 2)))
+                unit = _raised(unit, new_v_scale)
+                acc += from_fp8(even, tl.float32) * (new_v_scale / unit)[:, None]
+                acc_odd += from_fp8(odd, tl.float32) * (new_v_scale / unit)[:, None]
             else:
                 acc += stored_v.to(tl.float32)
 
-    if tiles > 0:
+    if begin < stop:
         largest, total, acc, acc_odd, unit = _attend(
             operand, k, v, k_scales, v_scales, keep, largest, total, acc, acc_odd, unit, scale, softcap, SOFTCAP,
             FP8, KIND,
         )  # fmt: skip
-    for t in range(split + SPLITS, tiles, SPLITS):
-        n = (first + t) * BLOCK + j
-        places = _tile_rows(pages, head, (first + t) * BLOCK, HKV, PAGE, BLOCK)
-        pages = _tile_pages(row_pages, (first + t + SPLITS) * BLOCK, stop, PAGE, BLOCK)
-        keep = n < stop
-        k = tl.load(k_cache + places[:, None] * D + d, mask=keep[:, None] & (d < D), other=0.0)
-        v = tl.load(v_cache + places[:, None] * D_V + d_v, mask=keep[:, None] & (d_v < D_V), other=0.0)
-        if FP8:
-            k_scales = tl.load(k_scale + places, mask=keep, other=0.0)
-            v_scales = tl.load(v_scale + places, mask=keep, other=0.0)
+    for at in range(later, stop, SPLITS * BLOCK):
+        later_k, later_v, later_k_scales, later_v_scales, there = _tile(
+            k_cache, v_cache, k_scale, v_scale, later_pages, head, at, at, stop, HKV, PAGE, BLOCK, D, DP, FP8
+        )
+        later_pages = _tile_pages(row_pages, at + SPLITS * BLOCK, stop, PAGE, BLOCK)
         largest, total, acc, acc_odd, unit = _attend(
-            operand, k, v, k_scales, v_scales, keep, largest, total, acc, acc_odd, unit, scale, softcap, SOFTCAP,
-            FP8, KIND,
+            operand, later_k, later_v, later_k_scales, later_v_scales, there, largest, total, acc, acc_odd, unit, scale,
+            softcap, SOFTCAP, FP8, KIND,
         )  # fmt: skip
 
-    r = tl.arange(0, GP)
-    row = (b.to(tl.int64) * HKV + head) * G + r
     mine = (r < G)[:, None] & (d < D)
     if FP8:
         acc = tl.reshape(tl.join(acc, acc_odd), (GP, DP)) * unit
-    if not ROUNDED and active == 1:
+    if not ROUNDED and parts == 1:
         gate = q + (b.to(tl.int64) + 1) * ((G * (1 + GATED) + 2) * HKV * D) - G * HKV * D
         factor = sigmoid_at(gate, (head * G + r[:, None]) * D + d, mine, GATED)
-        tl.store(out + row[:, None] * D + d, acc / total[:, None] * factor, mask=mine)
+        tl.store(out + (row + r)[:, None] * D + d, acc / total[:, None] * factor, mask=mine)
     else:
-        tl.store(partial + (row * SPLITS + split)[:, None] * DP + d, acc, mask=mine)
-        tl.store(stats + row * (2 * SPLITS) + split, largest, mask=r < G)
-        tl.store(stats + row * (2 * SPLITS) + SPLITS + split, total, mask=r < G)
+        tl.store(partial + ((row + r) * PARTS + split)[:, None] * DP + d, acc, mask=mine)
+        tl.store(stats + (row + r) * (2 * PARTS) + split, largest, mask=r < G)
+        tl.store(stats + (row + r) * (2 * PARTS) + PARTS + split, total, mask=r < G)
 
 
 def decode_attention(
@@ -344,16 +400,17 @@ def fused_decode_attention(
     out = torch.empty((batch, num_heads * dim), dtype=torch.int8 if rounded else qkv.dtype, device=device)
     shape = (batch, num_heads * dim // 32) if rounded else (0,)
     scale_of_out = torch.empty(shape, dtype=torch.float32, device=device)
-    partial = torch.empty((batch, num_heads, splits, padded_dim), dtype=torch.float32, device=device)
-    stats = torch.empty((batch, num_heads, 2, splits), dtype=torch.float32, device=device)
     fused = inv_freq is not None
+    parts = splits + 1 if fused and tiling.own else splits
+    partial = torch.empty((batch, num_heads, parts, padded_dim), dtype=torch.float32, device=device)
+    stats = torch.empty((batch, num_heads, 2, parts), dtype=torch.float32, device=device)
     unused = positions  # a pointer for what this call does not read
     options = launch_options(device)
     cut = {
-        "D": dim, "DP": padded_dim, "BLOCK": tiling.block, "SPLITS": splits, "WINDOW": window, "FUSED": fused,
-        "PREFETCH": prefetch, "GATED": gated, "ROUNDED": rounded,
+        "D": dim, "DP": padded_dim, "FIRST": tiling.first or tiling.block, "BLOCK": tiling.block, "SPLITS": splits,
+        "PARTS": parts, "WINDOW": window, "FUSED": fused, "PREFETCH": prefetch, "GATED": gated, "ROUNDED": rounded,
     }  # fmt: skip
-    _decode_kernel[(splits, num_kv_heads, batch)](
+    _decode_kernel[(parts, num_kv_heads, batch)](
         qkv,
         out,
         partial,
@@ -389,7 +446,7 @@ def fused_decode_attention(
         **cut,
         **options,
     )
-    if rounded or splits > 1:
+    if rounded or parts > 1:
         columns = min(padded_dim, max(32, tiling.columns) if rounded else tiling.columns)
         warps = 2 if splits > _CHUNK and columns <= 32 else 1
         chunk = min(triton.next_power_of_2(splits), warps * _CHUNK)

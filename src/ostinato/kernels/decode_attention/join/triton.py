@@ -11,15 +11,21 @@ NO_SCORE = tl.constexpr(-1e30)  # finite, so that a tile without any position le
 
 
 @triton.jit
-def extent(position, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, FUSED: tl.constexpr):
-    """Of one row: the first position, the end of the cached ones, the first tile, and how many programs have work."""
+def extent(
+    position, FIRST: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
+    WINDOW: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """Of one row: the first position, the end of the cached ones, where tiles begin, and the number of partial results.
+
+    PARTS > SPLITS: the new token makes one by itself.
+    """
     stop = position if FUSED else position + 1  # the new key and value come from registers when fused
     start = 0
     if WINDOW > 0:
         start = tl.maximum(position - WINDOW + 1, 0)
-    first = start // BLOCK
-    tiles = tl.maximum(tl.cdiv(stop, BLOCK) - first, 0)
-    return start, stop, first, tiles, tl.minimum(tl.maximum(tiles, 1), SPLITS)
+    begin = start // BLOCK * BLOCK
+    own = PARTS - SPLITS
+    return start, stop, begin, tl.minimum(tl.maximum(tl.cdiv(stop - begin, FIRST), 1 - own), SPLITS) + own
 
 
 @triton.jit
@@ -45,8 +51,10 @@ def _join_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     COLUMNS: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     FUSED: tl.constexpr,
@@ -66,26 +74,33 @@ def _join_kernel(
     if not PREFETCH:
         wait(PDL)
     position = tl.load(positions + tl.program_id(2))
-    _, _, _, _, active = extent(position, BLOCK, SPLITS, WINDOW, FUSED)
+    _, _, _, parts = extent(position, FIRST, BLOCK, SPLITS, PARTS, WINDOW, FUSED)
     if ROUNDED:
-        active = tl.where(position >= 0, active, 0)
+        parts = tl.where(position >= 0, parts, 0)
+    OWN: tl.constexpr = PARTS > SPLITS
     if PREFETCH:
         wait(PDL)
-    if ROUNDED or active > 1:
+    if ROUNDED or OWN or parts > 1:
         gate = sigmoid_at(
             q + (tl.program_id(2).to(tl.int64) + 1) * WIDTH - HQ * D, tl.program_id(1) * D + d, d < D, GATED
         )
-        base = row.to(tl.int64) * SPLITS
-        largest = tl.full((), NO_SCORE, tl.float32)
-        total = tl.zeros((), tl.float32)
-        acc = tl.zeros((COLUMNS,), tl.float32)
-        for begin in range(0, active, CHUNK):
+        base = row.to(tl.int64) * PARTS
+        if OWN:  # the new token's part stands behind those of all tiles
+            there = parts > 0
+            largest = tl.load(stats + 2 * base + SPLITS, mask=there, other=NO_SCORE)
+            total = tl.full((), 1.0, tl.float32)
+            acc = tl.load(partial + (base + SPLITS) * DP + d, mask=there & (d < D), other=0.0)
+        else:
+            largest = tl.full((), NO_SCORE, tl.float32)
+            total = tl.zeros((), tl.float32)
+            acc = tl.zeros((COLUMNS,), tl.float32)
+        for begin in range(0, parts - OWN, CHUNK):
             s = begin + tl.arange(0, CHUNK)
-            there = s < active
-            m = tl.load(stats + 2 * base + s, mask=there, other=NO_SCORE)
-            l = tl.load(stats + 2 * base + SPLITS + s, mask=there, other=0.0)
-            written = there[:, None] & (d < D)[None, :]  # what pads a head to a power of two, nobody wrote
-            part = tl.load(partial + (base + s)[:, None] * DP + d[None, :], mask=written, other=0.0)
+            written = s < parts - OWN
+            m = tl.load(stats + 2 * base + s, mask=written, other=NO_SCORE)
+            l = tl.load(stats + 2 * base + PARTS + s, mask=written, other=0.0)
+            inside = written[:, None] & (d < D)[None, :]  # what pads a head to a power of two, nobody wrote
+            part = tl.load(partial + (base + s)[:, None] * DP + d[None, :], mask=inside, other=0.0)
             new = tl.maximum(largest, tl.max(m, 0))
             old = tl.exp2(largest - new)
             weight = tl.exp2(m - new)
@@ -93,10 +108,10 @@ def _join_kernel(
             acc = acc * old + tl.sum(part * weight[:, None], 0)
             largest = new
         if ROUNDED:
-            total = tl.where(active > 0, total, 1.0)
+            total = tl.where(parts > 0, total, 1.0)
         joined = acc / total * gate
         if ROUNDED:
-            groups = tl.reshape(tl.where((d < D) & (active > 0), joined, 0.0), (COLUMNS // 32, 32))
+            groups = tl.reshape(tl.where((d < D) & (parts > 0), joined, 0.0), (COLUMNS // 32, 32))
             largest = tl.max(tl.abs(groups), 1)
             # Adding 1.5 * 2**23 leaves the rounded integer in the low bits of the sum, in two's complement.
             whole = (groups * (127.0 / tl.maximum(largest, 1e-30))[:, None] + 12582912.0).to(tl.int32, bitcast=True)
