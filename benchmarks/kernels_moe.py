@@ -92,21 +92,27 @@ INTEGER_DOWN = (
 )  # fmt: skip
 
 
-def candidates(m: int, integer: bool = False) -> list[list[dict[str, int | bool]]]:
-    """Fields of MoeTiles to try, group by group."""
+def rule(m: int, kind: str) -> MoeTiles:
+    return default_tiles(m, HIDDEN, WIDTH, (kind, kind), m * TOP_K / EXPERTS)
+
+
+def candidates(m: int, tiles: MoeTiles) -> list[list[dict[str, int | bool]]]:
+    """Fields of MoeTiles to try, group by group, where the rule says ``tiles``."""
 
     def product(names: tuple[str, ...], *values: tuple[int, ...]) -> list[dict[str, int | bool]]:
         return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
 
     gates = ((4, 1), (4, 2), (8, 1), (8, 2), (8, 4), (16, 2), (16, 4), (16, 8))
     gate: list[dict[str, int | bool]] = [{"gate_rows": rows, "gate_warps": warps} for rows, warps in gates]
-    if m == 1:
+    if tiles.apart:
         down = product(("down_rows", "down_warps", "together"), (1, 2, 4), (1, 2, 4), (1,))
         down += product(("down_rows", "down_warps", "together"), (4,), (2, 4), (2, 4))
         down += product(("down_rows", "down_warps", "together"), (8,), (4, 8), (4, 8))
         down += [{"down_rows": 2, "down_warps": 2, "together": 2}, {"down_rows": 2, "down_warps": 4, "together": 2}]
-        return [gate, down, product(("router_rows", "router_warps"), (1, 2, 4), (2, 4, 8)), gate, down]
-    if integer:
+        tokens = (1,) if m == 1 else (1, 2)
+        router = product(("router_rows", "router_warps", "router_tokens"), (1, 2, 4, 8), (2, 4, 8), tokens)
+        return [gate, down, router, gate, down]
+    if tiles.integer:
         names = ("gate_tiles", "registers")
         gate = [dict(zip(names, chosen, strict=True)) for chosen in INTEGER_GATE]
         names = ("down_tiles", "down_warps", "down_depth", "down_registers")
@@ -137,15 +143,11 @@ def compile_all(kind: str, ms: list[int]) -> None:
     began = time.monotonic()
     jobs = []
     for m in ms:
-        groups = [group for group in candidates(m, default_tiles(m, HIDDEN, WIDTH, (kind, kind)).integer) if group]
+        groups = [group for group in candidates(m, rule(m, kind)) if group]
         for row in itertools.zip_longest(*groups[:3]):  # a job compiles one candidate of each group
             fields = {name: value for chosen in row if chosen for name, value in chosen.items()}
-            jobs.append((kind, m, replace(default_tiles(m, HIDDEN, WIDTH, (kind, kind)), **fields)))
-        jobs += [
-            (kind, m, replace(default_tiles(m, HIDDEN, WIDTH, (kind, kind)), **fields))
-            for g in groups[3:4]
-            for fields in g
-        ]
+            jobs.append((kind, m, replace(rule(m, kind), **fields)))
+        jobs += [(kind, m, replace(rule(m, kind), **fields)) for g in groups[3:4] for fields in g]
     jobs = list(dict.fromkeys(jobs))
     with multiprocessing.get_context("spawn").Pool(10) as pool:
         failures = [f for f in pool.imap_unordered(compile_one, jobs, chunksize=1) if f]
@@ -161,10 +163,10 @@ def tune(kind: str, ms: list[int], seconds: float, compiled: bool) -> None:
     began = time.monotonic()
     blocks = Blocks(kind)
     for m in ms:
-        best = default_tiles(m, HIDDEN, WIDTH, (kind, kind))
+        best = rule(m, kind)
         best_us = blocks.us(m, best)
         print(f"m {m}: rule {best_us:.2f} us {best}", flush=True)
-        for group in candidates(m, best.integer):
+        for group in candidates(m, best):
             timed = []
             for fields in group:
                 if time.monotonic() - began > seconds:
@@ -190,10 +192,11 @@ def grouped(kind: str, ms: list[int]) -> None:
         print(f"{kind} {m:5d} tokens: int8 {few:8.2f} us, bfloat16 {blocks.us(m, None):8.2f} us a block", flush=True)
 
 
-def trace(blocks: Blocks, m: int) -> None:
+def trace(kind: str, m: int) -> None:
     """Start and end of each kernel of a block as the profiler saw them, in microseconds from the block's start."""
+    blocks = Blocks(kind)
     h = torch.randn(m, HIDDEN, device=CUDA)
-    names = 3 if m == 1 else 6
+    names = 3 if rule(m, kind).apart else 6
 
     def chain() -> None:
         inner = h
@@ -247,7 +250,7 @@ def main() -> None:
         grouped(arguments.kind, arguments.tokens)
     else:
         for m in arguments.tokens:
-            trace(Blocks(arguments.kind), m)
+            trace(arguments.kind, m)
 
 
 if __name__ == "__main__":

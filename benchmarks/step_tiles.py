@@ -132,18 +132,18 @@ def product_axes(model: Qwen35ForCausalLM, table: dict[str, Tiles], rows: int) -
         yield in_table(table, key, product_tiles(weight.shape[1], rows))
 
 
-def expert_fields(rows: int, integer: bool) -> list[list[Fields]]:
-    """Fields of MoeTiles to try, kernel by kernel."""
+def expert_fields(rows: int, tiles: moe.MoeTiles) -> list[list[Fields]]:
+    """Fields of MoeTiles to try, kernel by kernel, where the rule says ``tiles``."""
 
     def every(**values: tuple[int, ...]) -> list[Fields]:
         return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
     router = every(router_rows=(2, 4, 8), router_warps=(4, 8), router_tokens=(1,) if rows == 1 else (1, 2, 4))
-    if rows == 1:
+    if tiles.apart:
         gates = ((4, 2), (4, 4), (8, 2), (8, 4), (8, 8), (16, 4), (16, 8))
         gate = [{"gate_rows": r, "gate_warps": warps} for r, warps in gates]
         down = [{"down_rows": r, "down_warps": 4, "together": t} for r, t in ((4, 2), (8, 4))]
-    elif integer:
+    elif tiles.integer:
         gate = [{"gate_tiles": tiles, "registers": most} for tiles, most in ((1, 128), (2, 224), (2, 255))]
         down = every(down_tiles=(4,), down_warps=(1, 2), down_depth=(2, 4), down_registers=(255,))
     else:
@@ -160,8 +160,9 @@ def expert_axes(model: Qwen35ForCausalLM, rows: int) -> Iterator[Axis]:
     if not isinstance(gate_up, BlockWeight) or not isinstance(down, BlockWeight):
         return
     kinds = gate_up.kind.name, down.kind.name
-    integer = moe.default_tiles(rows, gate_up.shape[1], down.shape[1], kinds).integer
-    for name, values in zip(("router", "gate and up", "down"), expert_fields(rows, integer), strict=True):
+    density = rows * blocks[0].top_k / blocks[0].num_experts
+    tiles = moe.default_tiles(rows, gate_up.shape[1], down.shape[1], kinds, density)
+    for name, values in zip(("router", "gate and up", "down"), expert_fields(rows, tiles), strict=True):
         yield of_rule(f"experts: {name}", moe, "default_tiles", values)
 
 

@@ -38,7 +38,7 @@ def assert_close(found: torch.Tensor, case: MoeCase, chosen=None) -> None:
     """The kernels differ from their model by ties of rounding: a step of int8 in a few of the many activations."""
     chosen = chosen or tiles()
     of_shared = None
-    if case.h.shape[0] == 1:
+    if case.h.shape[0] == 1 or chosen.apart:
         one_token = load("ostinato.kernels.moe.triton:one_token")
         sizes = case.h.shape[1], case.down.shape[-1], case.top_k, case.has_shared
         of_shared = one_token(chosen, *sizes).shared
@@ -54,15 +54,15 @@ SMALL = {"num_experts": 5, "top_k": 2, "hidden": 32}
 
 
 # The kernels for one token and for several share all code that knows a kind; the GPU tests have every pair.
-PAIRS = [(kind, 1) for kind in KINDS if kind not in ("Q4_1", "Q5_1", "I4_32")]
-PAIRS += [(kind, 2) for kind in ("I4_64", "Q6_K")]
+PAIRS = [(kind, 1, True) for kind in KINDS if kind not in ("Q4_1", "Q5_1", "I4_32")]
+PAIRS += [(kind, 2, apart) for kind in ("I4_64", "Q6_K") for apart in (False, True)]
 
 
-@pytest.mark.parametrize(("kind", "m"), PAIRS)
-def test_every_kind_of_block(kind, m, device):
+@pytest.mark.parametrize(("kind", "m", "apart"), PAIRS)
+def test_every_kind_of_block(kind, m, apart, device):
     size = KINDS[kind].block
     case = random_case(m, device, hidden=size, width=size, gate_up_kind=kind, down_kind=kind, num_experts=2, top_k=1)
-    chosen = tiles(gate_rows=16, gate_warps=2, down_rows=64)
+    chosen = tiles(gate_rows=16, gate_warps=2, down_rows=64, apart=apart)
     assert_close(launch(case, chosen), case, chosen)
 
 
@@ -77,12 +77,12 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize(("m", "apart"), [(1, True), (2, False), (3, True)])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options_and_odd_sizes(options, m, device):
+def test_options_and_odd_sizes(options, m, apart, device):
     case = random_case(m, device, **{**SMALL, **options})
     before = case.h.clone()
-    assert_close(launch(case, tiles()), case)
+    assert_close(launch(case, tiles(apart=apart)), case, tiles(apart=apart))
     assert torch.equal(case.h, before)
 
 
@@ -113,9 +113,9 @@ def test_tokens_that_all_take_one_expert(device):
 @pytest.mark.parametrize(("top_k", "experts", "width"), [(8, 40, 128), (6, 9, 96), (2, 33, 32), (3, 5, 64)])
 def test_two_picks_a_program(top_k, experts, width, device):
     """Rows of two picks beside those of the shared expert, of which the last programs have none."""
-    chosen = tiles(gate_warps=8, down_warps=1)
-    for shared in (True, False):
-        case = random_case(1, device, hidden=192, width=width, num_experts=experts, top_k=top_k, has_shared=shared)
+    chosen = tiles(gate_warps=8, down_warps=1, apart=True)
+    for m, shared in ((1, True), (1, False), (2, True)):
+        case = random_case(m, device, hidden=192, width=width, num_experts=experts, top_k=top_k, has_shared=shared)
         assert_close(launch(case, chosen), case, chosen)
 
 
@@ -138,10 +138,18 @@ def test_lists_on_tensor_cores(m, fields, options, device):
 def test_tensor_cores_take_lists_of_one_kind():
     rule = load("ostinato.kernels.moe.triton:default_tiles")
     ours = ("I4_128", "I4_128")
-    assert [rule(m, 2048, 512, ours).integer for m in (1, 4, 8, 64)] == [False, False, True, True]
-    assert not rule(8, 2048, 512, ("I4_128", "Q4_K")).integer
-    assert rule(8, 2048, 512, ours).int8_groups() == (128, 128, 128)
-    assert rule(4, 2048, 512, ours).int8_groups() == (16, 16, 16)
+    assert [rule(m, 2048, 512, ours, m / 4).integer for m in (1, 4, 8, 64)] == [False, False, True, True]
+    assert not rule(8, 2048, 512, ("I4_128", "Q4_K"), 2.0).integer
+    assert rule(8, 2048, 512, ours, 2.0).int8_groups() == (128, 128, 128)
+    assert rule(4, 2048, 512, ours, 2.0).int8_groups() == (16, 16, 16)
+
+
+def test_tokens_stay_apart_where_they_share_few_experts():
+    rule = load("ostinato.kernels.moe.triton:default_tiles")
+    for kinds in (("I4_128", "I4_128"), ("Q4_K", "Q6_K")):
+        assert [rule(m, 2048, 512, kinds, m * 8 / 256).apart for m in (1, 2, 12, 13, 64)] == [True] * 3 + [False] * 2
+        assert [rule(m, 2048, 512, kinds, m * 2 / 8).apart for m in (1, 2)] == [True, False]
+        assert not rule(17, 2048, 512, kinds, 0.01).apart
 
 
 def test_the_choice_sorts_what_a_lane_holds():
@@ -255,10 +263,10 @@ def test_columns_of_zeros_are_handed_on_as_zeros(device):
 def test_the_rule_gives_each_program_whole_scales(device):
     rule = load("ostinato.kernels.moe.triton:default_tiles")
     for width in range(32, 1025, 32):
-        t = rule(1, 2048, width, ("Q8_0", "Q8_0"), True)
+        t = rule(1, 2048, width, ("Q8_0", "Q8_0"), 0.1, True)
         threads = t.down_warps * 32 // (1 << (width // 32 - 1).bit_length())
         assert t.down_rows * (threads // t.together) % 16 == 0, width
-    assert rule(1, 2048, 512, ("Q8_0", "Q8_0"), True) == rule(1, 2048, 512, ("Q8_0", "Q8_0"))
+    assert rule(1, 2048, 512, ("Q8_0", "Q8_0"), 0.1, True) == rule(1, 2048, 512, ("Q8_0", "Q8_0"), 0.1)
     case = random_case(1, device)
     with pytest.raises(KernelError, match="8 rows a program of down are no multiple of 16"):
         launch_all(case, tiles(down_rows=1, together=4), case.norm)

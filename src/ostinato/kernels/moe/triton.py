@@ -1,4 +1,4 @@
-"""Launching a mixture of experts: three kernels for one token, six for up to 64, grouped products for more."""
+"""Launching a mixture of experts: three kernels for few tokens, six for up to 64, grouped products for more."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from ostinato.kernels.moe.route.triton import _choose_kernel, _router_kernel, _s
 from ostinato.kernels.rms_norm import rms_norm
 from ostinato.quant.blocks import KINDS, BlockWeight
 
+SPARSE = 0.4  # picks for each expert; with fewer, tokens do not look for experts in common
+MAX_APART = 16  # and no more of them
 MAX_ROWS = 64  # more are products on the tensor cores
 INTEGER = ("I4_128", "I4_128")  # kinds whose lists are products on integer tensor cores
 COARSE = ("I4_64", "I4_128")  # kinds of few scales
@@ -39,7 +41,8 @@ class MoeTiles:
     router_rows: experts a program. router_tokens: tokens a program. gate_rows: of F a program, 4, 8 or 16: they share a
     scale. down_rows: of H a thread. early: down loads before gate and up are done. together: picks side by side over
     the threads of down for one token, a divisor of its rows a thread and of the rows side by side. tokens: picks that
-    share a program. registers: most of a thread in products of lists, 0 for no limit.
+    share a program. registers: most of a thread in products of lists, 0 for no limit. apart: each token has programs of
+    its own, as a single one always has, and no lists.
 
     integer: lists are multiplied on tensor cores, 128 of F a program, eight picks at a time (tokens is 8). Then
     gate_tiles, down_tiles: tiles of 16 rows a warp, the latter in down_warps. down_depth: groups of 128 columns that
@@ -57,6 +60,7 @@ class MoeTiles:
     together: int = 1
     tokens: int = 8
     registers: int = 0
+    apart: bool = False
     integer: bool = False
     gate_tiles: int = 1
     down_tiles: int = 1
@@ -90,19 +94,22 @@ def one_token(tiles: MoeTiles, hidden: int, width: int, top_k: int, has_shared: 
     return OneToken(groups, together, side, shared, programs)
 
 
-def default_tiles(m: int, hidden: int, width: int, kinds: tuple[str, str], hands_down: bool = False) -> MoeTiles:
+def default_tiles(
+    m: int, hidden: int, width: int, kinds: tuple[str, str], density: float, hands_down: bool = False
+) -> MoeTiles:
     """Tiles by rule, from measurements at H = 2048, F = 512 (docs/performance/kernels_moe.md).
 
-    kinds: of gate and up, and of down. hands_down: with a ``next_norm``, for which a program of down has whole scales.
+    kinds: of gate and up, and of down. density: picks of all tokens for each expert, the shared one aside.
+    hands_down: with a ``next_norm``, for which a program of down has whole scales.
     """
     wide = max(1, min(4, hidden // 512))
-    if m == 1:
+    if m == 1 or (m <= MAX_APART and density <= SPARSE):
         together = 2 if width <= 512 else 1  # 32 lanes have a row
         warps = 8 if hands_down and width > 512 else 4  # 16 rows a program
         gate = 4, max(1, min(4, hidden // 1024))
         if kinds[0] in COARSE:  # few scales leave a thread room for more rows of gate and of up
             gate = 8, 1 << max(0, min(2, (hidden // 512).bit_length()))
-        return MoeTiles(4, 8, *gate, 2 * together, warps, together=together)
+        return MoeTiles(4 if m == 1 else 8, 8, *gate, 2 * together, warps, together=together, apart=True)
     if kinds == INTEGER and m >= MIN_INTEGER and width <= 2048:
         tiles = MoeTiles(8, 8, 8, wide, 8, 1, integer=True, down_tiles=4, down_registers=255)
         if m <= 16:
@@ -159,7 +166,8 @@ def moe_block(
             f"moe_block takes up to {MAX_COLUMNS} columns for up to {MAX_ROWS} rows, got {hidden} and {width} columns"
         )
     kinds = gate_up_kind, down_kind
-    tiles = default_tiles(tokens, hidden, width, kinds, next_norm is not None) if tiles is None else tiles
+    if tiles is None:
+        tiles = default_tiles(tokens, hidden, width, kinds, tokens * top_k / num_experts, next_norm is not None)
     if tiles.integer:
         assert kinds == INTEGER, "tensor cores take lists of I4_128 only"
         assert tokens > 1, "one token has no lists"
@@ -187,21 +195,20 @@ def moe_block(
             shared_gate is not None, t.integer, num_warps=t.router_warps, **options,
         )  # fmt: skip
     share = t.gate_rows // 4
-    act: tuple[torch.Tensor, ...] = (
-        () if t.integer else _int8(tokens * picks, width, share if tokens > 1 else 1, device)
-    )
+    apart = t.apart or tokens == 1
+    act: tuple[torch.Tensor, ...] = () if t.integer else _int8(tokens * picks, width, 1 if apart else share, device)
     gate_planes = _planes(gate_up, gate_up_kind)
     down_planes = _planes(down, down_kind)
     gate_constants = kind_constants(KINDS[gate_up_kind])
     down_constants = kind_constants(KINDS[down_kind])
     gate_groups = triton.next_power_of_2(hidden // 32)
     out = torch.empty_like(h)
-    if tokens == 1:
+    if apart:
         cut = one_token(t, hidden, width, top_k, has_shared)
-        _gate_up_kernel[(cut.programs,)](
+        _gate_up_kernel[(cut.programs, tokens)](
             *x, eps, logits, *gate_planes, act[0].view(torch.int8), act[1], num_experts, hidden, width, *gate_constants,
             padded, top_k, t.gate_rows // cut.side, cut.side, cut.together, cut.groups, cut.shared, parts_of_squares,
-            num_warps=t.gate_warps, **options,
+            tokens > 1, num_warps=t.gate_warps, **options,
         )  # fmt: skip
         down_groups = min(32, triton.next_power_of_2(width // 32))
         together = min(t.together, 32 // down_groups)  # a row's sum over picks stays in one warp
@@ -211,12 +218,12 @@ def moe_block(
             raise KernelError(f"moe_block: {rows * side} rows a program of down are no multiple of {HANDED}")
         assert rows % together == 0, f"{t} leaves picks side by side without rows of the shared expert"
         after = (next_norm, *handed) if next_norm is not None else (h, out, out, out)
-        _down_kernel[(triton.cdiv(hidden, rows * side),)](
+        _down_kernel[(triton.cdiv(hidden, rows * side), tokens)](
             *act, logits, *down_planes, h, out, *after, x[2], eps, num_experts, hidden, hidden, width,
             *down_constants,
             padded, top_k, normalize, has_shared, shared_gate is not None,
             share, max(cut.shared // 4, 1), rows, side, together, down_groups, t.early,
-            HANDED if next_norm is not None else 0, parts_of_squares, num_warps=t.down_warps, **options,
+            HANDED if next_norm is not None else 0, parts_of_squares, tokens > 1, num_warps=t.down_warps, **options,
         )  # fmt: skip
         return out, *handed
     ids = torch.empty((tokens, picks), dtype=torch.int32, device=device)

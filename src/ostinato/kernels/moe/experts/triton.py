@@ -77,9 +77,12 @@ def _gate_up_kernel(
     x_words, x_scales, roots, eps, logits, words, high, d, m, sub_d, sub_m, act, act_scales, E, K: tl.constexpr,
     F: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SUPER: tl.constexpr, OFFSET: tl.constexpr,
     MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr,
-    TOGETHER: tl.constexpr, NG: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    TOGETHER: tl.constexpr, NG: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr, MANY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) * up of one token, as int8 [TOP_K + shared, F]: R * SIDE of F values of TOGETHER picks a program.
+
+    MANY: the second number of a program is its token's.
 
     SHARED: values of the shared expert a program, half as many as rows side by side or more; 0 without one. Its weights
     are loaded before the choice of the others is known.
@@ -102,6 +105,14 @@ def _gate_up_kernel(
     w += g * 0
     block = tl.program_id(0) % BLOCKS
     group = tl.program_id(0) // BLOCKS
+    if MANY:
+        token = tl.program_id(1).to(tl.int64)
+        x_words += token * (K // 4)
+        x_scales += token * (K // 16)
+        roots += token
+        logits += token * (E + 1)
+        act += token * ((TOP_K + (SHARED > 0)) * F)
+        act_scales += token * ((TOP_K + (SHARED > 0)) * (F // 4))
     of_shared = nothing()
     if SHARED > 0:
         first = (tl.program_id(0) * 0 + E).to(tl.int64) * (2 * F)
@@ -233,14 +244,14 @@ def _down_kernel(
     SUPER: tl.constexpr, OFFSET: tl.constexpr, MIN_SIGN: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr,
     NORMALIZE: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr, SHARE: tl.constexpr,
     SHARE_SHARED: tl.constexpr, R: tl.constexpr, SIDE: tl.constexpr, TOGETHER: tl.constexpr, NG: tl.constexpr,
-    EARLY: tl.constexpr, HANDED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr, HANDED: tl.constexpr, PARTS: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = h + the weighted sum over all picks of one token, R * SIDE rows a program.
 
     R rows have NG lanes for each of TOGETHER picks side by side, all of them in one warp, so that the sum over picks
     needs no other. The shared expert, a pick too many, shares its rows out among these picks.
     HANDED: columns of which out * next_norm is stored as int8 with one scale, beside the sum of out² over them, so that
-    the next product needs no kernel for its norm; 0 for none. PARTS: as in ``_gate_up_kernel``.
+    the next product needs no kernel for its norm; 0 for none. PARTS, MANY: as in ``_gate_up_kernel``.
     """
     FG: tl.constexpr = F // 32
     INNER: tl.constexpr = (FG + NG - 1) // NG
@@ -253,6 +264,13 @@ def _down_kernel(
     which = w % TOGETHER + g * 0
     start = tl.program_id(0) * (R * SIDE)
     own = start + w // TOGETHER * R  # the first of a thread's rows
+    if MANY:
+        token = tl.program_id(1).to(tl.int64)
+        act_words += token * ((TOP_K + SHARED) * (F // 4))
+        act_scales += token * ((TOP_K + SHARED) * (F // 4))
+        logits += token * (E + 1)
+        h += token * H
+        out += token * H
     if not EARLY:
         wait(PDL)
     root = fresh_root(roots, eps, K, PARTS) if PARTS > 0 else 1.0
