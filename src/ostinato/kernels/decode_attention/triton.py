@@ -2,7 +2,8 @@
 
 A program that alone covers its row writes the result; else partial results go to scratch and a second kernel joins
 them, as it always does where the result is wanted in int8. Programs beyond the row's real length leave at once, so the
-work follows the length that stands on the device.
+work follows the length that stands on the device. The token that is appended has a program of its own where there is
+room for one, else the first tile's has it.
 """
 
 from __future__ import annotations
@@ -80,6 +81,19 @@ def _norm_weights(norm, d, partner, D: tl.constexpr, NORM: tl.constexpr):
         return tl.load(norm + d, mask=d < D, other=0.0), tl.load(norm + partner, mask=d < D, other=0.0)
     else:
         return tl.full(d.shape, 1.0, tl.float32), tl.full(d.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _with_partners(source, d, partner, inside):
+    """Elements d of heads at ``source`` [H, 1], and the ones that rotation mixes them with."""
+    return tl.load(source + d, mask=inside, other=0.0), tl.load(source + partner, mask=inside, other=0.0)
+
+
+@triton.jit
+def _place_of(row_pages, position, head, HKV: tl.constexpr, PAGE: tl.constexpr):
+    """int64 row of a cache [pages, HKV, PAGE] for one position."""
+    page = tl.load(row_pages + position // PAGE).to(tl.int64)
+    return (page * HKV + head) * PAGE + position % PAGE
 
 
 @triton.jit
@@ -237,14 +251,11 @@ def _decode_kernel(
     if OWN:  # noqa: SIM102 (as below)
         if part == 0:
             k_weight, k_partner = _norm_weights(k_norm, d, partner, D, K_NORM)
-            page = tl.load(row_pages + position // PAGE).to(tl.int64)
-            place = (page * HKV + head) * PAGE + position % PAGE
+            place = _place_of(row_pages, position, head, HKV, PAGE)
             if PREFETCH:
                 wait(PDL)
-            x = tl.load(source + d, mask=inside, other=0.0)
-            y = tl.load(source + partner, mask=inside, other=0.0)
-            new_k = tl.load(key + d, mask=d < D, other=0.0)
-            new_partner = tl.load(key + partner, mask=d < D, other=0.0)
+            x, y = _with_partners(source, d, partner, inside)
+            new_k, new_partner = _with_partners(key, d, partner, d < D)
             new_v = tl.load(value + d, mask=d < D, other=0.0)
             turned = _head_rows(new_k, new_partner, k_weight, k_partner, eps, cosine, sine, D, K_NORM)
             queries = _head_rows(x, y, q_weight, q_partner, eps, cosine, sine, D, Q_NORM).to(KIND)
@@ -270,8 +281,7 @@ def _decode_kernel(
         wait(PDL)
 
     if FUSED:
-        x = tl.load(source + d, mask=inside, other=0.0)
-        y = tl.load(source + partner, mask=inside, other=0.0)
+        x, y = _with_partners(source, d, partner, inside)
         queries = _head_rows(x, y, q_weight, q_partner, eps, cosine, sine, D, Q_NORM)
     else:
         queries = tl.load(q + (row + g) * D + d, mask=inside, other=0.0)
@@ -286,10 +296,8 @@ def _decode_kernel(
     if FUSED and not OWN:  # noqa: SIM102 (the outer branch is taken by the compiler, the inner one by the program)
         if split == 0:
             k_weight, k_partner = _norm_weights(k_norm, d, partner, D, K_NORM)
-            page = tl.load(row_pages + position // PAGE).to(tl.int64)
-            place = (page * HKV + head) * PAGE + position % PAGE
-            new_k = tl.load(key + d, mask=d < D, other=0.0)
-            new_partner = tl.load(key + partner, mask=d < D, other=0.0)
+            place = _place_of(row_pages, position, head, HKV, PAGE)
+            new_k, new_partner = _with_partners(key, d, partner, d < D)
             new_v = tl.load(value + d, mask=d < D, other=0.0)
             turned = _head_rows(new_k, new_partner, k_weight, k_partner, eps, cosine, sine, D, K_NORM)
             score, stored_v, new_v_scale = _append(
