@@ -144,7 +144,7 @@ def expert_fields(rows: int, tiles: moe.MoeTiles) -> list[list[Fields]]:
         gate = [{"gate_rows": r, "gate_warps": warps} for r, warps in gates]
         down = [{"down_rows": r, "down_warps": 4, "together": t} for r, t in ((4, 2), (8, 4))]
     elif tiles.integer:
-        gate = [{"gate_tiles": tiles, "registers": most} for tiles, most in ((1, 128), (2, 224), (2, 255))]
+        gate = [{"gate_tiles": wide, "registers": most} for wide, most in ((1, 128), (2, 224), (2, 255))]
         down = every(down_tiles=(4,), down_warps=(1, 2), down_depth=(2, 4), down_registers=(255,))
     else:
         gate = every(gate_rows=(4, 8, 16), gate_warps=(2, 4), registers=(0, 128))

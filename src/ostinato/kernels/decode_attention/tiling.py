@@ -52,8 +52,8 @@ def choose_tiling(
 def _wide(programs: int, dim: int, max_length: int, multiprocessors: int, element_size: int) -> Tiling:
     """For heads above 128: two programs to a multiprocessor, or a kernel beside them finds no shared memory.
 
-    FP8 needs its warps to unpack it. One program more than fit would cost a second round, and so would shared memory or
-    registers for one program or three of them to a multiprocessor: three share what another could read.
+    FP8 needs its warps to unpack it. One program more than fit would cost a second round. Tiles whose kernel leaves
+    room for a third on a multiprocessor are no gain: three share what another multiprocessor could read.
     """
     fp8 = element_size == 1
     at_once = 2 * multiprocessors
@@ -71,13 +71,12 @@ def _wide(programs: int, dim: int, max_length: int, multiprocessors: int, elemen
         return Tiling(16, tiles(16), 8, 1, 32)
     if fp8 and programs * tiles(large) <= multiprocessors:
         return Tiling(large, tiles(large), 8, 1, 32, own(tiles(large)))
-    fills = programs * 128 <= at_once  # a row by itself keeps 128 programs for each head
-    for block in () if fp8 and fills else (large,) if fp8 else (small, large):
+    if fp8 and programs * 128 <= at_once:
+        return Tiling(large, 128, 4, 2, 32, own(128), small)
+    for block in (large,) if fp8 else (small, large):
         if tiles(block) <= 128 and programs * tiles(block) <= at_once:
             return Tiling(block, tiles(block), 4, 1, 32, own(tiles(block)))
     block = large if fp8 else small
     splits = max(1, min(tiles(block), at_once // programs, 128))
     columns = 32 if splits > 64 else 64  # many partial results are joined by more programs, each of fewer columns
-    if fp8 and fills:
-        return Tiling(block, 128, 4, 2, columns, own(128), small)
     return Tiling(block, splits, 4, 3 if fp8 else 2, columns, own(splits))

@@ -108,6 +108,14 @@ def _head_rows(x, y, own_weight, partner_weight, eps, cosine, sine, D: tl.conste
 
 
 @triton.jit
+def _new_rows(key, value, d, partner, weight, partner_weight, eps, cosine, sine, D: tl.constexpr, NORM: tl.constexpr):
+    """The new token's key after norm and rotation, float32, and its value as it came, [1, DP] each."""
+    k, k_partner = _with_partners(key, d, partner, d < D)
+    v = tl.load(value + d, mask=d < D, other=0.0)
+    return _head_rows(k, k_partner, weight, partner_weight, eps, cosine, sine, D, NORM), v
+
+
+@triton.jit
 def _append(
     queries, k, v, place, k_cache, v_cache, k_scale, v_scale, scale, softcap, D: tl.constexpr, DP: tl.constexpr,
     SOFTCAP: tl.constexpr, FP8: tl.constexpr, KIND: tl.constexpr,
@@ -255,12 +263,10 @@ def _decode_kernel(
             if PREFETCH:
                 wait(PDL)
             x, y = _with_partners(source, d, partner, inside)
-            new_k, new_partner = _with_partners(key, d, partner, d < D)
-            new_v = tl.load(value + d, mask=d < D, other=0.0)
-            turned = _head_rows(new_k, new_partner, k_weight, k_partner, eps, cosine, sine, D, K_NORM)
+            new_k, new_v = _new_rows(key, value, d, partner, k_weight, k_partner, eps, cosine, sine, D, K_NORM)
             queries = _head_rows(x, y, q_weight, q_partner, eps, cosine, sine, D, Q_NORM).to(KIND)
             score, stored_v, new_v_scale = _append(
-                queries, turned, new_v, place, k_cache, v_cache, k_scale, v_scale, scale, softcap, D, DP, SOFTCAP,
+                queries, new_k, new_v, place, k_cache, v_cache, k_scale, v_scale, scale, softcap, D, DP, SOFTCAP,
                 FP8, KIND,
             )  # fmt: skip
             acc = (from_fp8(stored_v, tl.float32) * new_v_scale[:, None]) if FP8 else stored_v.to(tl.float32)
@@ -297,11 +303,9 @@ def _decode_kernel(
         if split == 0:
             k_weight, k_partner = _norm_weights(k_norm, d, partner, D, K_NORM)
             place = _place_of(row_pages, position, head, HKV, PAGE)
-            new_k, new_partner = _with_partners(key, d, partner, d < D)
-            new_v = tl.load(value + d, mask=d < D, other=0.0)
-            turned = _head_rows(new_k, new_partner, k_weight, k_partner, eps, cosine, sine, D, K_NORM)
+            new_k, new_v = _new_rows(key, value, d, partner, k_weight, k_partner, eps, cosine, sine, D, K_NORM)
             score, stored_v, new_v_scale = _append(
-                rounded, turned, new_v, place, k_cache, v_cache, k_scale, v_scale, scale, softcap, D, DP, SOFTCAP,
+                rounded, new_k, new_v, place, k_cache, v_cache, k_scale, v_scale, scale, softcap, D, DP, SOFTCAP,
                 FP8, KIND,
             )  # fmt: skip
             largest = tl.reshape(tl.broadcast_to(score[None, :], (GP // GS, GS)), (GP,))

@@ -25,8 +25,8 @@ from ostinato.kernels.moe.route.triton import _choose_kernel, _router_kernel, _s
 from ostinato.kernels.rms_norm import rms_norm
 from ostinato.quant.blocks import KINDS, BlockWeight
 
-SPARSE = 0.4  # picks for each expert; with fewer, tokens do not look for experts in common
-MAX_APART = 16  # and no more of them
+SPARSE = 0.4  # picks for each expert: up to so many, tokens do not look for experts in common
+MAX_APART = 16  # tokens that do not, at most
 MAX_ROWS = 64  # more are products on the tensor cores
 INTEGER = ("I4_128", "I4_128")  # kinds whose lists are products on integer tensor cores
 COARSE = ("I4_64", "I4_128")  # kinds of few scales
@@ -168,9 +168,10 @@ def moe_block(
     kinds = gate_up_kind, down_kind
     if tiles is None:
         tiles = default_tiles(tokens, hidden, width, kinds, tokens * top_k / num_experts, next_norm is not None)
+    apart = tiles.apart or tokens == 1
     if tiles.integer:
         assert kinds == INTEGER, "tensor cores take lists of I4_128 only"
-        assert tokens > 1, "one token has no lists"
+        assert not apart, "tokens apart have no lists"
         assert tiles.tokens == 8, "a product has eight picks"
     t = tiles
     device = h.device
@@ -195,7 +196,6 @@ def moe_block(
             shared_gate is not None, t.integer, num_warps=t.router_warps, **options,
         )  # fmt: skip
     share = t.gate_rows // 4
-    apart = t.apart or tokens == 1
     act: tuple[torch.Tensor, ...] = () if t.integer else _int8(tokens * picks, width, 1 if apart else share, device)
     gate_planes = _planes(gate_up, gate_up_kind)
     down_planes = _planes(down, down_kind)

@@ -4,7 +4,7 @@ Tensors are [1, R, W, NG], as in block_linear's streamed kernel: a thread holds 
 a weight a load. Inputs are int8: words of four columns, and a float32 scale for SHARE of them. A scale for each word
 would be more exact, but an instruction for every four weights counts: SHARE is 4 for x, R / 4 for what down reads.
 
-For one token the kernels choose the experts themselves, in the first warp of each program: that costs less than a
+For a token apart the kernels choose the experts themselves, in the first warp of each program: that costs less than a
 kernel between the router and them. ``_gate_up_kernel`` and ``_gate_up_list_kernel`` let the next kernel start only
 after their own wait: so what was written before them is there when the kernel for down starts, and that one reads the
 choice and the weights of its experts while gate and up are still multiplied.
