@@ -173,6 +173,18 @@ def test_product_kernel_gates(gated, device):
     assert (found.float() - expected.float()).norm() < 0.01 * expected.float().norm()
 
 
+@pytest.mark.parametrize("gated", [None, "silu"])
+def test_steps_of_more_groups_than_a_row_has_read_no_scales_behind_the_last_row(gated, device):
+    """What lies there may be NaN, which no masked weight takes out of a sum again."""
+    weight, x = random_weight("Q4_1", 32, 32, device), torch.randn(5, 32, device=device)
+    words, d, high, m, *rest = operands(weight)
+    d, m = (torch.cat((plane, torch.full_like(plane[:1], torch.nan))) for plane in (d, m))
+    more = (None, None, gated, torch.float32, tiles(16, rows=16))
+    found = kernel("packed_matmul")(x, words, d, high, m, *rest, *more)
+    expected = packed_matmul(x.cpu(), weight.to("cpu"), gated=gated)
+    assert (found.cpu() - expected).norm() < 0.01 * expected.norm()
+
+
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("tokens", [3, 41])
 def test_mixture_kernels_gather_gate_and_add_up(tokens, swap, device):

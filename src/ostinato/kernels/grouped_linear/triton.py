@@ -140,9 +140,10 @@ def _product_kernel(
     up = acc
     if BITS == 4:
         w_at = bytes_ + n_safe[:, None] * (K // 2) + tl.arange(0, NG * 16)[None, :]
-        s0, s1, s2, s3 = load_scales(d, m, sub_d, sub_m, n_safe, g, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
+        first = g if KG >= NG else tl.minimum(g, KG - 1)
+        s0, s1, s2, s3 = load_scales(d, m, sub_d, sub_m, n_safe, first, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
         if GATE is not None:
-            t0, t1, t2, t3 = load_scales(d, m, sub_d, sub_m, n_safe + N, g, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
+            t0, t1, t2, t3 = load_scales(d, m, sub_d, sub_m, n_safe + N, first, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
     for step in range(STEPS):
         if KG % NG == 0:
             x_tile = tl.load(x_at + step * (NG * 32))
