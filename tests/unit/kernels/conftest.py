@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from .bounds import watch
+
 if not torch.cuda.is_available():
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("Triton was imported before tests/unit/kernels/conftest.py: set TRITON_INTERPRET=1")
@@ -42,7 +44,14 @@ def interpreter_reads_bounds() -> None:
     interpreter._patch_lang_tensor = patch_and_mend
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True, scope="session")
+def access_stays_inside() -> None:
+    """Every test of a kernel in the interpreter is one of its bounds too."""
+    if not torch.cuda.is_available():
+        watch()
+
+
+@pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that nobody wrote is seen: room is made full of NaN, or of -77."""
 
@@ -54,5 +63,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", full_of_poison)
     monkeypatch.setattr(
-        torch, "empty_like", lambda like: full_of_poison(like.shape, dtype=like.dtype, device=like.device)
+        torch,
+        "empty_like",
+        lambda like, dtype=None: full_of_poison(like.shape, dtype=dtype or like.dtype, device=like.device),
     )

@@ -45,7 +45,6 @@ def assert_rounds(got: tuple[torch.Tensor, torch.Tensor], expected: torch.Tensor
     assert (error <= scale[..., None] * 0.5 * (1 + 1e-5) + tolerance * (1 + wide.abs())).all()
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("splits", "columns", "own"), [(1, 64, False), (2, 16, False), (2, 64, True), (70, 32, True)])
 @pytest.mark.parametrize("position", ["random", 0, 16, 44])
 @pytest.mark.parametrize(("scaled", "gated"), [(False, False), (False, True), (True, True)])
@@ -70,7 +69,6 @@ def test_kernel_rounds_what_the_reference_attends(
     assert torch.equal(given["v_cache"].view(torch.uint8), again["v_cache"].view(torch.uint8))
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("attended", [(9, 0.0), (0, 2.0)], ids=str)
 def test_kernel_with_a_window_or_a_cap(attended: tuple, device: torch.device) -> None:
     given, _ = cases(CASES[1], device, scaled=False, gated=False)
@@ -79,7 +77,6 @@ def test_kernel_with_a_window_or_a_cap(attended: tuple, device: torch.device) ->
     assert_rounds(got, expected, 1e-5)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("splits", "own"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("idle", [[1], [0, 1, 2]], ids=str)
 def test_a_row_without_a_position_is_left_out(idle: list[int], splits: int, own: bool, device: torch.device) -> None:

@@ -224,7 +224,7 @@ def test_int8_rows_with_a_scale_for_16_columns(kind, tiles, parts, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "k", "rows"), [("I4_128", 384, 6), ("Q8_0", 96, 4), ("Q4_K", 256, 1)])
-def test_rows_of_floats_beside_those_of_a_weight(kind, k, rows, dtype, device, poisoned):
+def test_rows_of_floats_beside_those_of_a_weight(kind, k, rows, dtype, device):
     weight = random_weight(kind, 10, k, device)
     h, norm = torch.randn(1, k, device=device) * 3, torch.randn(k, device=device)
     beside = (torch.randn(rows, k, device=device) * k**-0.5).to(dtype)

@@ -90,27 +90,6 @@ def test_gate_and_up_are_multiplied(tiles, gated, kind, device):
     torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=5e-3)  # bfloat16, and a tie or two
 
 
-def test_every_output_is_written_and_nothing_else(device, monkeypatch):
-    weight = random_weight("I4_128", 19, 256, device)
-    x = torch.randn(11, 256, device=device)
-    norm = torch.rand(256, device=device)
-    expected = launch(x, weight, TILES["masked"], norm=norm, eps=1e-5)
-    made = []
-    empty = torch.empty
-
-    def poisoned(*arguments, **options):
-        tensor = empty(*arguments, **options)
-        tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
-        made.append(tensor)
-        return tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    found = launch(x, weight, TILES["masked"], norm=norm, eps=1e-5)
-    monkeypatch.undo()
-    assert made
-    assert torch.equal(found, expected)
-
-
 @pytest.mark.parametrize("rows", [1, 8, 13])
 def test_rows_by_eight_come_back(rows):
     x = torch.randint(-127, 128, (rows, 384), dtype=torch.int8)

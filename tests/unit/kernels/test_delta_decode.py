@@ -88,7 +88,7 @@ ONE_TOKEN = [(16, 32), (16, 128), (20, 64), (24, 96), (64, 32), (64, 96), (128, 
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim"), ONE_TOKEN)
-def test_one_token_of_given_gates(key_dim: int, value_dim: int, device: torch.device, poisoned: None) -> None:
+def test_one_token_of_given_gates(key_dim: int, value_dim: int, device: torch.device) -> None:
     assert takes(key_dim, value_dim, "rounded")
     given = with_past(arguments(1, 1, 2, key_dim, value_dim), [5])
     compare(given, device, form="rounded", given_gates=True, prefetch=True)

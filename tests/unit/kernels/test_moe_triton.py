@@ -199,7 +199,7 @@ HANDED = {
 
 
 @pytest.mark.parametrize(("fields", "sizes"), HANDED.values(), ids=HANDED)
-def test_the_row_is_rounded_for_the_next_product(fields, sizes, device, poisoned):
+def test_the_row_is_rounded_for_the_next_product(fields, sizes, device):
     case = random_case(1, device, **{"hidden": 96, "num_experts": 3, "top_k": 2, **sizes})
     next_norm = torch.randn(case.h.shape[1], device=device)
     found = launch_all(case, tiles(**fields), next_norm)
@@ -224,7 +224,7 @@ ROUTED = {
 
 @pytest.mark.parametrize("hands_down", [False, True])
 @pytest.mark.parametrize(("fields", "sizes"), ROUTED.values(), ids=ROUTED)
-def test_a_row_that_is_routed_already(fields, sizes, hands_down, device, poisoned):
+def test_a_row_that_is_routed_already(fields, sizes, hands_down, device):
     """As if the router had run: the same experts and weights, from logits that lack the norm's root."""
     case = random_case(1, device, **{"hidden": 96, "num_experts": 5, "top_k": 2, **sizes})
     next_norm = torch.randn(case.h.shape[1], device=device) if hands_down else None

@@ -39,14 +39,14 @@ SIZES = {
 
 
 @pytest.mark.parametrize(("sizes", "fields"), SIZES.values(), ids=SIZES)
-def test_sizes_and_ways_of_cutting(sizes, fields, device, poisoned):
+def test_sizes_and_ways_of_cutting(sizes, fields, device):
     shape = {"n": 48, "k": 128, "routes": 7, "heads": 0, "dtype": torch.bfloat16, **sizes}
     given = random_routed("Q8_0", **shape, device=device)
     assert_routed(launch(given, tiles(**fields)), given)
 
 
 @pytest.mark.parametrize("kind", ["I4_128", "I4_64", "Q4_1", "Q4_K", "Q6_K"])
-def test_kinds_of_blocks(kind, device, poisoned):
+def test_kinds_of_blocks(kind, device):
     given = random_routed(kind, 32, columns(kind, 256), 5, 2, torch.bfloat16, device)
     assert_routed(launch(given, tiles()), given)
 

@@ -63,7 +63,7 @@ def test_embedding_of_blocks_is_exact(kind, device):
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "I6_64", "Q4_K", "Q5_1"])
-def test_the_embedding_of_one_token_is_rounded_for_the_first_layer(kind, device, poisoned):
+def test_the_embedding_of_one_token_is_rounded_for_the_first_layer(kind, device):
     k = columns(kind, 320)
     table, norm = random_weight(kind, 5, k, device), torch.randn(k, device=device)
     tokens = torch.tensor([3], dtype=torch.int32, device=device)
