@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from .bounds import watch
+from . import memcheck
 
 if not torch.cuda.is_available():
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
@@ -45,10 +45,10 @@ def interpreter_reads_bounds() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def access_stays_inside() -> None:
-    """Every test of a kernel in the interpreter is one of its bounds too."""
+def kernels_access_their_arguments_alone() -> None:
+    """Every test of a kernel in the interpreter is one of its accesses too."""
     if not torch.cuda.is_available():
-        watch()
+        memcheck.install()
 
 
 @pytest.fixture(autouse=True)

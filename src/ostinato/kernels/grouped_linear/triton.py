@@ -29,9 +29,11 @@ def load_scales(
 ):  # fmt: skip
     """What unpack needs of the scales of 32-groups g [NG] of rows [BN]: four float32 [BN, NG].
 
-    Scale and summand of the lower 16 columns, then of the upper: weight = scale * quant + summand.
+    Scale and summand of the lower 16 columns, then of the upper: weight = scale * quant + summand. Past a row's last
+    group they are that group's: behind the last row there may be NaN, which no zero weight takes out of a sum.
     """
     SUB: tl.constexpr = GROUP != SUPER
+    g = tl.minimum(g, KG - 1)
     at = rows[:, None] * KG + g[None, :]
     over = rows[:, None] * (KG * 32 // SUPER) + (g // (SUPER // 32))[None, :]
     inside = at >= 0
@@ -140,10 +142,9 @@ def _product_kernel(
     up = acc
     if BITS == 4:
         w_at = bytes_ + n_safe[:, None] * (K // 2) + tl.arange(0, NG * 16)[None, :]
-        first = g if KG >= NG else tl.minimum(g, KG - 1)
-        s0, s1, s2, s3 = load_scales(d, m, sub_d, sub_m, n_safe, first, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
+        s0, s1, s2, s3 = load_scales(d, m, sub_d, sub_m, n_safe, g, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
         if GATE is not None:
-            t0, t1, t2, t3 = load_scales(d, m, sub_d, sub_m, n_safe + N, first, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
+            t0, t1, t2, t3 = load_scales(d, m, sub_d, sub_m, n_safe + N, g, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
     for step in range(STEPS):
         if KG % NG == 0:
             x_tile = tl.load(x_at + step * (NG * 32))
@@ -153,7 +154,7 @@ def _product_kernel(
             x_tile = tl.load(x_at + step * (NG * 32), mask=in_k, other=0.0)
         now = step * NG + g
         if BITS == 4:  # the next step's scales first: the fence before a product waits for all loads before it
-            then = tl.minimum(now + NG, KG - 1)
+            then = now + NG
             s4, s5, s6, s7 = load_scales(d, m, sub_d, sub_m, n_safe, then, KG, GROUP, SUPER, OFFSET, MIN_SIGN)
             if GATE is not None:
                 t4, t5, t6, t7 = load_scales(d, m, sub_d, sub_m, n_safe + N, then, KG, GROUP, SUPER, OFFSET, MIN_SIGN)

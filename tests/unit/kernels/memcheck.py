@@ -1,7 +1,7 @@
 """Triton's interpreter made to refuse what a GPU forgives: access to memory outside a launch's arguments.
 
 A read just past a buffer finds whatever lies there, mostly zeros and now and then NaN. The interpreter does what it is
-told too, so a test on it fails once in many runs. With ``watch`` it fails at once, and says which argument was left.
+told too, so a test on it fails once in many runs. After ``install`` it fails at once, and says how far off it was.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def merged(ranges: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     return both[:, 0], both[:, 1]
 
 
-class Watch:
-    """The extents of the launch that runs now."""
+class Launch:
+    """The extents of the arguments of the launch that runs now."""
 
     def __init__(self) -> None:
         self.starts, self.ends = merged([])
 
-    def launch(self, arguments: object) -> None:
+    def begin(self, arguments: object) -> None:
         self.starts, self.ends = merged(extents(arguments))
 
     def check(self, action: str, pointers: Any, mask: np.ndarray) -> None:
@@ -66,38 +66,38 @@ class Watch:
             raise OutOfBoundsError(f"a kernel {action} {size} bytes {where}; lanes outside: {(~inside).sum()}")
 
 
-def watch() -> None:
+def install() -> None:
     """Make the interpreter check every access from now on."""
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-    now = Watch()
+    now = Launch()
     to_host = GridExecutor._init_args_hst
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     update, swap = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
 
-    def watched_to_host(self: Any, given: Any, named: Any) -> Any:
+    def checked_to_host(self: Any, given: Any, named: Any) -> Any:
         host = to_host(self, given, named)
-        now.launch([*host[0], *host[1].values()])
+        now.begin([*host[0], *host[1].values()])
         return host
 
-    def watched_load(self: Any, pointers: Any, mask: Any, *more: Any) -> Any:
+    def checked_load(self: Any, pointers: Any, mask: Any, *more: Any) -> Any:
         now.check("reads", pointers, mask.data)
         return load(self, pointers, mask, *more)
 
-    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
         now.check("writes", pointers, mask.data)
         return store(self, pointers, value, mask, *more)
 
-    def watched_update(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
+    def checked_update(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
         now.check("updates", pointers, mask.data)
         return update(self, operation, pointers, value, mask, *more)
 
-    def watched_swap(self: Any, pointers: Any, *more: Any) -> Any:
+    def checked_swap(self: Any, pointers: Any, *more: Any) -> Any:
         now.check("swaps", pointers, np.True_)
         return swap(self, pointers, *more)
 
-    GridExecutor._init_args_hst = watched_to_host
-    InterpreterBuilder.create_masked_load = watched_load
-    InterpreterBuilder.create_masked_store = watched_store
-    InterpreterBuilder.create_atomic_rmw = watched_update
-    InterpreterBuilder.create_atomic_cas = watched_swap
+    GridExecutor._init_args_hst = checked_to_host
+    InterpreterBuilder.create_masked_load = checked_load
+    InterpreterBuilder.create_masked_store = checked_store
+    InterpreterBuilder.create_atomic_rmw = checked_update
+    InterpreterBuilder.create_atomic_cas = checked_swap
